@@ -1,0 +1,136 @@
+"""Loading quantized models, and the classes that a saved file may name."""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import h5py
+import keras
+
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.quantizers import config, inferable, ste
+from keras_qwrap.quantizers.config import PACKAGE
+from keras_qwrap.wrapper import KerasQuantizationWrapper
+
+
+def custom_objects() -> dict[str, type]:
+    """Every serializable class of this package by its registered name.
+
+    Importing the package registers them, so that plain `keras.models.load_model` finds them; the
+    dictionary is for code that passes `custom_objects` explicitly.
+
+    Example:
+
+    ```python
+    import keras_qwrap as qi
+
+    print(qi.custom_objects()["keras_qwrap>KerasQuantizationWrapper"].__name__)
+    ```
+    """
+    classes = [KerasQuantizationWrapper, KerasActivationQuantizationHolder]
+    for module in (config, inferable, ste):
+        classes += [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+    names = {keras.saving.get_registered_name(cls): cls for cls in classes}
+    return {name: cls for name, cls in names.items() if name.startswith(f"{PACKAGE}>")}
+
+
+def keras_load_quantized_model(
+    path: str | os.PathLike,
+    custom_objects: Mapping[str, Any] | None = None,
+    compile: bool = True,
+) -> keras.Model:
+    """Load a `.keras` or `.h5` file as `keras.models.load_model` does.
+
+    Args:
+        path: the file.
+        custom_objects: classes and functions of your own that are not registered, by name.
+        compile: restore the optimizer, loss and metrics too.
+
+    Raises:
+        TypeError: `path` is no path.
+        OSError: the file cannot be read: it does not exist, is truncated or is no such file.
+        ValueError: it can be read, but holds no model that this package and Keras can rebuild.
+
+    Example:
+
+    ```python
+    import os, tempfile
+    import keras
+    import keras_qwrap as qi
+
+    quantizer = qi.WeightsSymmetricInferableQuantizer(8, 1.0, per_channel=False)
+    dense = qi.KerasQuantizationWrapper(keras.layers.Dense(2), {"kernel": quantizer})
+    model = keras.Sequential([keras.Input((3,)), dense])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.keras")
+        model.save(path)
+        print(qi.keras_load_quantized_model(path).name == model.name)  # True
+    ```
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
+    path = os.fspath(path)
+    _check_file(path)
+    try:
+        return keras.models.load_model(path, custom_objects=custom_objects, compile=compile)
+    except (OSError, ValueError):
+        raise
+    except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, zipfile.BadZipFile) as e:
+        raise ValueError(
+            f"path: received '{path}', expected a model that Keras saved; rebuilding it failed "
+            f"with {type(e).__name__}: {e}. The file is damaged, was written by another package, "
+            "or names classes that must be imported or passed as `custom_objects`."
+        ) from e
+
+
+def _check_file(path: str) -> None:
+    """Refuse what is neither a `.keras` archive nor an HDF5 file with a model in it."""
+    if not os.path.isfile(path):
+        raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+    elif h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            if "model_config" not in file.attrs:
+                raise bad_value(
+                    "path",
+                    path,
+                    "an HDF5 file with a model's config",
+                    "A file of weights alone is loaded with `model.load_weights`.",
+                )
+        if not path.endswith((".h5", ".hdf5")):
+            raise bad_value("path", path, "the ending .h5 or .hdf5", "Rename the file.")
+    else:
+        raise bad_value(
+            "path",
+            path,
+            "a .keras archive or an HDF5 file",
+            "The file is truncated or damaged, or was not saved by Keras.",
+        )
+
+
+def _check_archive(path: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            names = set(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:
+        raise OSError(f"path: received '{path}', expected a whole .keras archive: {e}.") from e
+    if damaged is not None:
+        raise OSError(
+            f"path: received '{path}', expected a whole .keras archive; '{damaged}' in it is "
+            "damaged. Save the model again."
+        )
+    missing = sorted({"config.json", "model.weights.h5"} - names)
+    if missing:
+        raise bad_value(
+            "path", path, f"a .keras archive that holds {missing}", "It was not saved by Keras."
+        )
+    if not path.endswith(".keras"):
+        raise bad_value("path", path, "the ending .keras", "Rename the file.")

@@ -1,0 +1,320 @@
+"""What a quantizer is: the two base classes, and how a class states what it is for."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.quantizers.config import (
+    QuantizationMethod,
+    QuantizationTarget,
+    TrainableQuantizerActivationConfig,
+    TrainableQuantizerWeightsConfig,
+    check_member,
+)
+
+Tensor = Any
+
+
+def mark_quantizer(
+    quantization_target: QuantizationTarget,
+    quantization_method: Sequence[QuantizationMethod],
+    identifier: Any = None,
+) -> Callable[[type], type]:
+    """Class decorator that states what a quantizer is for.
+
+    Args:
+        quantization_target: weights or activations.
+        quantization_method: the methods that the class supports.
+        identifier: any name by which a project finds its quantizer again; kept as
+            `cls.identifier`, the class' own name by default.
+
+    Raises:
+        TypeError: an argument is of another kind.
+
+    Example:
+
+    ```python
+    import keras_qwrap as qi
+
+    @qi.mark_quantizer(qi.QuantizationTarget.Weights, [qi.QuantizationMethod.SYMMETRIC])
+    class MyQuantizer(qi.BaseKerasTrainableQuantizer):
+        def initialize_quantization(self, tensor_shape, name, layer):
+            return {}
+
+        def __call__(self, inputs):
+            return inputs
+
+        def convert2inferable(self):
+            return qi.WeightsSymmetricInferableQuantizer(8, 1.0, per_channel=False)
+
+    print(MyQuantizer.quantization_target)  # QuantizationTarget.Weights
+    ```
+    """
+    target = check_member("quantization_target", quantization_target, QuantizationTarget)
+    methods = _check_methods(quantization_method)
+
+    def mark(cls: type) -> type:
+        cls.quantization_target = target
+        cls.quantization_method = methods
+        cls.identifier = cls.__name__ if identifier is None else identifier
+        return cls
+
+    return mark
+
+
+def _check_methods(methods: Any) -> list[QuantizationMethod]:
+    if not isinstance(methods, (list, tuple)) or not methods:
+        raise bad_type(
+            "quantization_method",
+            methods,
+            "a list of QuantizationMethod",
+            "Pass for example [QuantizationMethod.SYMMETRIC].",
+        )
+    return [check_member("quantization_method", m, QuantizationMethod) for m in methods]
+
+
+_CONFIG_OF = {
+    QuantizationTarget.Weights: TrainableQuantizerWeightsConfig,
+    QuantizationTarget.Activation: TrainableQuantizerActivationConfig,
+}
+
+
+def check_config_is_complete(quantizer: Any, config: Mapping) -> None:
+    """Refuse a config that misses an argument of the quantizer's constructor."""
+    catch_alls = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(type(quantizer)).parameters.values()
+    missing = [p.name for p in parameters if p.kind not in catch_alls and p.name not in config]
+    if missing:
+        raise ValueError(
+            f"{type(quantizer).__name__}.get_config: received {sorted(config)}, expected every "
+            f"argument of the constructor; {missing} would be lost in a saved file. Override "
+            "`get_config` and add them to what `super().get_config()` returns."
+        )
+
+
+class BaseKerasInferableQuantizer:
+    """A quantizer whose parameters are fixed.
+
+    A subclass gives `__call__`, `get_config`, `num_bits`, `scale`, `zero_point`,
+    `quantize_to_codes` and `dequantize`, and is marked with `mark_quantizer`. A subclass that
+    reads variables overrides `initialize_quantization` as well.
+    """
+
+    quantization_target: QuantizationTarget
+    quantization_method: list[QuantizationMethod]
+    identifier: Any
+    enabled = True
+
+    def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
+        """Create the quantizer's variables through `layer.add_weight`; none by default."""
+        return {}
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(inputs).")
+
+    @property
+    def num_bits(self) -> int:
+        """Width of the codes."""
+        raise NotImplementedError(f"{type(self).__name__} must define num_bits.")
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Step between neighbouring codes, float32, broadcastable to the tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must define scale.")
+
+    @property
+    def zero_point(self) -> np.ndarray:
+        """Code of zero, int32, broadcastable to the tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must define zero_point.")
+
+    def quantize_to_codes(self, x: Any) -> np.ndarray:
+        """Integer codes of `x`, int32; NaN is refused."""
+        raise NotImplementedError(f"{type(self).__name__} must define quantize_to_codes(x).")
+
+    def dequantize(self, codes: Any) -> np.ndarray:
+        """Values of integer codes, float32."""
+        raise NotImplementedError(f"{type(self).__name__} must define dequantize(codes).")
+
+    def get_config(self) -> dict:
+        """The constructor's arguments as plain values."""
+        raise NotImplementedError(f"{type(self).__name__} must define get_config().")
+
+    @classmethod
+    def from_config(cls, config: dict) -> "BaseKerasInferableQuantizer":
+        """The quantizer that `get_config` described."""
+        return cls(**config)
+
+
+class BaseKerasTrainableQuantizer:
+    """A quantizer that is trained with its layer, and gives an inferable twin afterwards.
+
+    A subclass defines `initialize_quantization`, which creates variables through
+    `layer.add_weight` and returns them, `__call__(inputs)` or `__call__(inputs, training)`, and
+    `convert2inferable`. Target and methods are passed to this constructor or given by
+    `mark_quantizer`. An object belongs to the one wrapper or holder that it is given to.
+
+    Args:
+        quantization_config: a `TrainableQuantizerWeightsConfig` or a
+            `TrainableQuantizerActivationConfig`, according to the target.
+        quantization_target: weights or activations.
+        quantization_method: the methods that the class supports.
+
+    Raises:
+        TypeError: the config is not of the target's kind, or no target is known.
+        ValueError: the config asks for a method that the class does not support.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_qwrap as qi
+
+    @keras.saving.register_keras_serializable("my_package")
+    class MyWeightQuantizer(qi.BaseKerasTrainableQuantizer):
+        def __init__(self, quantization_config):
+            super().__init__(
+                quantization_config,
+                qi.QuantizationTarget.Weights,
+                [qi.QuantizationMethod.SYMMETRIC],
+            )
+
+        def initialize_quantization(self, tensor_shape, name, layer):
+            limit = layer.add_weight("limit", shape=(), initializer="ones")
+            self.quantizer_parameters = {"limit": limit}
+            return self.quantizer_parameters
+
+        def __call__(self, inputs):
+            scale = self.quantizer_parameters["limit"] / 128
+            return qi.fake_quantize(inputs, scale, -128, 127)
+
+        def convert2inferable(self):
+            limit = keras.ops.convert_to_numpy(self.quantizer_parameters["limit"])
+            return qi.WeightsSymmetricInferableQuantizer(8, limit, per_channel=False)
+
+    config = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC)
+    wrapped = qi.KerasQuantizationWrapper(
+        keras.layers.Dense(2), {"kernel": MyWeightQuantizer(config)}
+    )
+    print(wrapped(keras.ops.ones((1, 3))).shape)  # (1, 2)
+    ```
+    """
+
+    quantization_target: QuantizationTarget
+    quantization_method: list[QuantizationMethod]
+    identifier: Any = None
+
+    def __init__(
+        self,
+        quantization_config: Any,
+        quantization_target: QuantizationTarget | None = None,
+        quantization_method: Sequence[QuantizationMethod] | None = None,
+    ) -> None:
+        if quantization_target is not None:
+            self.quantization_target = check_member(
+                "quantization_target", quantization_target, QuantizationTarget
+            )
+        if quantization_method is not None:
+            self.quantization_method = _check_methods(quantization_method)
+        if not hasattr(self, "quantization_target") or not hasattr(self, "quantization_method"):
+            raise TypeError(
+                f"{type(self).__name__}: received no quantization target and methods, expected "
+                "both. Pass them to super().__init__ or mark the class with `mark_quantizer`."
+            )
+        expected = _CONFIG_OF[self.quantization_target]
+        if not isinstance(quantization_config, expected):
+            raise bad_type(
+                "quantization_config",
+                quantization_config,
+                f"a {expected.__name__}",
+                f"{type(self).__name__} quantizes {self.quantization_target.name.lower()}.",
+            )
+        if quantization_config.quantization_method not in self.quantization_method:
+            raise bad_value(
+                "quantization_config",
+                quantization_config.quantization_method.name,
+                f"one of {', '.join(m.name for m in self.quantization_method)}",
+                f"{type(self).__name__} supports no other method.",
+            )
+        self.quantization_config = quantization_config
+        self.quantizer_parameters: dict[str, Any] = {}
+        self._owner: weakref.ref | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """False where the config leaves the tensor in float."""
+        return self.quantization_config.enabled
+
+    def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
+        """Create the quantizer's variables, once for each build.
+
+        Args:
+            tensor_shape: shape of the tensor that will be quantized.
+            name: its name: a weight's path with `_` for `/`, or `output_0`.
+            layer: the wrapper or holder; `layer.add_weight` creates a variable.
+
+        Returns:
+            The created variables by name.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define initialize_quantization(tensor_shape, name, layer)."
+        )
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(inputs).")
+
+    def convert2inferable(self) -> BaseKerasInferableQuantizer:
+        """An inferable quantizer that gives the same outputs."""
+        raise NotImplementedError(f"{type(self).__name__} must define convert2inferable().")
+
+    @property
+    def num_bits(self) -> int:
+        """Width of the codes, of the inferable twin."""
+        return self.convert2inferable().num_bits
+
+    @property
+    def scale(self) -> np.ndarray:
+        """Step between neighbouring codes, of the inferable twin."""
+        return self.convert2inferable().scale
+
+    @property
+    def zero_point(self) -> np.ndarray:
+        """Code of zero, of the inferable twin."""
+        return self.convert2inferable().zero_point
+
+    def quantize_to_codes(self, x: Any) -> np.ndarray:
+        """Integer codes of `x`, of the inferable twin."""
+        return self.convert2inferable().quantize_to_codes(x)
+
+    def dequantize(self, codes: Any) -> np.ndarray:
+        """Values of integer codes, of the inferable twin."""
+        return self.convert2inferable().dequantize(codes)
+
+    def get_config(self) -> dict:
+        """`{"quantization_config": ...}`; a subclass with further arguments must extend it.
+
+        Raises:
+            ValueError: the constructor has further arguments and `get_config` is not overridden.
+        """
+        config = {
+            "quantization_config": keras.saving.serialize_keras_object(self.quantization_config)
+        }
+        if type(self).get_config is BaseKerasTrainableQuantizer.get_config:
+            check_config_is_complete(self, config)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict) -> "BaseKerasTrainableQuantizer":
+        """The quantizer that `get_config` described."""
+        return cls(
+            **{
+                key: keras.saving.deserialize_keras_object(value)
+                if isinstance(value, dict) and "class_name" in value
+                else value
+                for key, value in config.items()
+            }
+        )

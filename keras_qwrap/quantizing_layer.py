@@ -1,0 +1,172 @@
+"""The base of wrapper and holder: a layer that owns quantizers."""
+
+import inspect
+import weakref
+from typing import Any
+
+import keras
+
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.quantizers.base import (
+    BaseKerasInferableQuantizer,
+    BaseKerasTrainableQuantizer,
+    check_config_is_complete,
+)
+from keras_qwrap.quantizers.config import QuantizationTarget
+
+Tensor = Any
+Quantizer = BaseKerasTrainableQuantizer | BaseKerasInferableQuantizer
+
+_KERAS_2_ORDER = ("name", "shape", "dtype", "initializer", "regularizer", "trainable", "constraint")
+_KERAS_3_ORDER = ("shape", "initializer", "dtype")
+
+
+class QuantizingLayer(keras.layers.Layer):
+    """A float32 layer that adopts quantizers, creates their variables and calls them.
+
+    Its own dtype is float32, without autocasting, whatever the global policy: scales and
+    rounding are float32. A wrapped layer keeps its policy.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        dtype = keras.dtype_policies.get(kwargs.pop("dtype", "float32"))
+        if dtype.name != "float32":
+            raise bad_value(
+                "dtype", dtype.name, "float32", "Set the dtype policy on the wrapped layer instead."
+            )
+        super().__init__(dtype="float32", autocast=False, **kwargs)
+        self._adopted: list[Quantizer] = []
+        self._prefix = ""
+        self._taken_names: list[str] = []
+
+    def owns(self, quantizer: Quantizer) -> bool:
+        """Whether this very object is one of the layer's quantizers."""
+        return any(quantizer is mine for mine in self._adopted)
+
+    def _adopt(self, quantizer: Any, target: QuantizationTarget, role: str) -> Quantizer:
+        """A trainable quantizer itself, claimed for this layer, or a copy of an inferable one."""
+        if not isinstance(quantizer, (BaseKerasTrainableQuantizer, BaseKerasInferableQuantizer)):
+            raise bad_type(
+                role,
+                quantizer,
+                "a trainable or inferable quantizer",
+                "Pass an instance, for example STEWeightQATQuantizer(config).",
+            )
+        if quantizer.quantization_target is not target:
+            raise bad_value(
+                role,
+                quantizer,
+                f"a quantizer for {target.name.lower()}",
+                f"{type(quantizer).__name__} is for {quantizer.quantization_target.name.lower()}.",
+            )
+        if isinstance(quantizer, BaseKerasInferableQuantizer):
+            quantizer = copy_quantizer(quantizer)
+        else:
+            owner = quantizer._owner and quantizer._owner()
+            if owner is not None and owner.owns(quantizer):
+                raise bad_value(
+                    role,
+                    quantizer,
+                    "a trainable quantizer that is used nowhere else",
+                    f"This object belongs to layer '{owner.name}' already; it holds that "
+                    "layer's variables. Create one for each use.",
+                )
+            quantizer._owner = weakref.ref(self)
+        self._adopted.append(quantizer)
+        return quantizer
+
+    def _initialize(self, quantizer: Quantizer, shape: tuple, name: str) -> None:
+        """Let a quantizer create its variables, named `<name>_<role>`."""
+        if not quantizer.enabled:
+            return
+        self._prefix = f"{name}_"
+        try:
+            quantizer.initialize_quantization(shape, name, self)
+        finally:
+            self._prefix = ""
+
+    def add_weight(self, *args: Any, **kwargs: Any) -> keras.Variable:
+        """`keras.Layer.add_weight`, which also takes Keras 2's arguments and an int as shape.
+
+        A string as first argument means Keras 2's order: name, shape, dtype, initializer, ...;
+        `synchronization` and `use_resource` are ignored, as every Keras 3 variable has one kind.
+        While a quantizer is initialized its tensor's name is put in front of `name`.
+        """
+        order = _KERAS_2_ORDER if args and isinstance(args[0], str) else _KERAS_3_ORDER
+        if len(args) > len(order):
+            raise TypeError(
+                f"add_weight: received {len(args)} positional arguments, expected at most "
+                f"{len(order)}: {', '.join(order)}. Pass the others by keyword."
+            )
+        positional = dict(zip(order, args, strict=False))
+        twice = sorted(set(positional) & set(kwargs))
+        if twice:
+            raise TypeError(
+                f"add_weight: received {twice} by position and by keyword, expected one of the two."
+            )
+        kwargs = {"autocast": False, **positional, **kwargs}
+        kwargs.pop("synchronization", None)
+        kwargs.pop("use_resource", None)
+        if kwargs.get("trainable", True) is None:
+            kwargs["trainable"] = True
+        if "aggregation" in kwargs:
+            aggregation = kwargs["aggregation"]
+            kwargs["aggregation"] = getattr(aggregation, "name", aggregation or "none").lower()
+        shape = kwargs.get("shape")
+        if shape is not None:
+            kwargs["shape"] = tuple(shape) if hasattr(shape, "__iter__") else (int(shape),)
+        kwargs["name"] = self._unique_name(kwargs.get("name") or "variable")
+        return super().add_weight(**kwargs)
+
+    def _unique_name(self, role: str) -> str:
+        stem = f"{self._prefix}{role}".replace("/", "_")
+        name, count = stem, 1
+        while name in self._taken_names:
+            name, count = f"{stem}_{count}", count + 1
+        self._taken_names.append(name)
+        return name
+
+    def _quantize(self, quantizer: Quantizer, tensor: Tensor, training: Any) -> Tensor:
+        if not quantizer.enabled:
+            return tensor
+        if "training" in inspect.signature(quantizer.__call__).parameters:
+            return quantizer(tensor, training=training)
+        return quantizer(tensor)
+
+    def get_config(self) -> dict:
+        """The constructor's arguments; the dtype is always float32 and left out."""
+        config = super().get_config()
+        del config["dtype"]
+        return config
+
+
+def copy_quantizer(quantizer: Quantizer) -> Quantizer:
+    """A new quantizer of the same class and config."""
+    return type(quantizer).from_config(_checked_config(quantizer))
+
+
+def inferable_twin(quantizer: Quantizer) -> BaseKerasInferableQuantizer:
+    """The quantizer itself if inferable, else its converted twin."""
+    if isinstance(quantizer, BaseKerasInferableQuantizer):
+        return quantizer
+    twin = quantizer.convert2inferable()
+    if not isinstance(twin, BaseKerasInferableQuantizer):
+        raise bad_type(
+            f"{type(quantizer).__name__}.convert2inferable()",
+            twin,
+            "an inferable quantizer",
+            "Return for example a WeightsSymmetricInferableQuantizer.",
+        )
+    return twin
+
+
+def serialize_quantizer(quantizer: Quantizer) -> dict:
+    """A quantizer as plain values; refused where its config would lose an argument."""
+    _checked_config(quantizer)
+    return keras.saving.serialize_keras_object(quantizer)
+
+
+def _checked_config(quantizer: Quantizer) -> dict:
+    config = quantizer.get_config()
+    check_config_is_complete(quantizer, config)
+    return config

@@ -1,0 +1,80 @@
+"""How a scale follows from a range, and how a range is found in a weight.
+
+Every function computes in float32 by multiplications with constants, never by a division by one,
+so that a graph compiler cannot change its result. The argument `xp` is the array namespace:
+`numpy` where a quantizer is constructed, `keras.ops` where it is called. Both give the same bits.
+"""
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+
+_POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
+
+
+def symmetric_scale(threshold: Tensor, num_bits: int, signed: bool) -> Tensor:
+    """Step of the grid `[-t, t - t/2**(b-1)]` (signed) or `[0, t - t/2**b]` (unsigned).
+
+    `scale = threshold / 2**(num_bits - signed)`, exactly: the factor is a power of two.
+    """
+    return threshold * np.float32(2.0 ** (int(signed) - num_bits))
+
+
+def uniform_scale_and_zero_point(
+    min_range: Tensor, max_range: Tensor, num_bits: int, xp: Any
+) -> tuple[Tensor, Tensor]:
+    """Step and zero point (a whole float) of `2**num_bits` codes over a range that holds zero.
+
+    `scale = (max - min) * float32(1 / (2**num_bits - 1))`, `zero_point = round(-min / scale)`.
+    """
+    highest = 2**num_bits - 1
+    scale = (max_range - min_range) * np.float32(1 / highest)
+    return scale, xp.round(-min_range / scale)
+
+
+def largest_magnitude(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """`max |weight|` over `axes`, which are kept with length 1.
+
+    The bits of non-negative floats order as integers do, and integer maxima run at several times
+    the speed of float ones in graphs and under XLA.
+    """
+    if hasattr(ops, "view"):
+        bits = ops.bitwise_and(ops.view(weight, dtype="int32"), 0x7FFFFFFF)
+        return ops.view(ops.max(bits, axis=axes, keepdims=True), dtype="float32")
+    return ops.max(ops.abs(weight), axis=axes, keepdims=True)
+
+
+def symmetric_threshold(
+    weight: Tensor, axes: tuple[int, ...], num_bits: int, min_threshold: float
+) -> Tensor:
+    """Threshold whose narrow signed grid ends exactly at the largest magnitude.
+
+    `t = max(max|w|, min_threshold) * float32(1 / (2**(b-1) - 1)) * 2**(b-1)`
+    """
+    largest = ops.maximum(largest_magnitude(weight, axes), np.float32(min_threshold))
+    highest = 2 ** (num_bits - 1) - 1
+    return largest * np.float32(1 / highest) * np.float32(2.0 ** (num_bits - 1))
+
+
+def power_of_two_threshold(
+    weight: Tensor, axes: tuple[int, ...], num_bits: int, min_threshold: float
+) -> Tensor:
+    """The smallest power of two that is not below `symmetric_threshold`.
+
+    Found by comparing with all powers of two, which is exact in every mode of execution.
+    """
+    wanted = symmetric_threshold(weight, axes, num_bits, min_threshold)
+    enough = ops.greater_equal(_POWERS_OF_TWO, ops.expand_dims(wanted, -1))
+    return ops.min(ops.where(enough, _POWERS_OF_TWO, np.float32(np.inf)), axis=-1)
+
+
+def uniform_range(
+    weight: Tensor, axes: tuple[int, ...], min_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value over `axes`, widened to hold zero and to be `min_threshold` wide."""
+    low = ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0))
+    high = ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0))
+    return low, ops.maximum(high, low + np.float32(min_threshold))

@@ -1,0 +1,100 @@
+"""Run a layer with some of its variables replaced. The only file that uses non-public Keras."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras.src import backend
+from keras.src.utils.python_utils import is_default
+
+Tensor = Any
+Replacements = Sequence[tuple[keras.Variable, Callable[[], Tensor]]]
+
+
+class _Overlay(keras.StatelessScope):
+    """Lays tensors over a few variables; every other read, write and loss falls through.
+
+    Writes go through at once rather than on exit, so that they also work inside the traced body
+    of a loop. A write to a replaced variable renews its replacement.
+    """
+
+    def __init__(self, replacements: Replacements) -> None:
+        self._renew = {id(variable): make for variable, make in replacements}
+        super().__init__(
+            [(variable, make()) for variable, make in replacements], collect_losses=True
+        )
+
+    def get_current_value(self, variable: keras.Variable) -> Tensor:
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            return self.original_scope.get_current_value(variable)
+        return value
+
+    def add_update(self, update: tuple[keras.Variable, Tensor]) -> None:
+        variable, value = update
+        self.__exit__()
+        try:
+            variable.assign(value)
+            if id(variable) in self._renew:
+                renewed = self._renew[id(variable)]()
+                self.state_mapping[id(variable)] = backend.cast(renewed, variable.dtype)
+        finally:
+            self.__enter__()
+
+    def add_loss(self, loss: Tensor) -> None:
+        outer = self.original_scope
+        if outer is None:
+            super().add_loss(loss)
+        elif outer.collect_losses:
+            outer.add_loss(loss)
+
+
+def call_with(
+    layer: keras.Layer,
+    replacements: Replacements,
+    args: Sequence,
+    kwargs: dict,
+) -> tuple[Any, list[Tensor]]:
+    """Call `layer` while each variable in `replacements` reads as the tensor that is made for it.
+
+    Returns:
+        The layer's outputs, and the losses that it added and that no outer scope has taken.
+    """
+    with _Overlay(replacements) as overlay:
+        outputs = layer(*args, **kwargs)
+    return outputs, overlay.losses
+
+
+def read(variable: keras.Variable) -> Tensor:
+    """The present value of a variable as a tensor, never as the backend's own variable."""
+    value = variable.value
+    return value.read_value() if hasattr(value, "read_value") else value
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """`layer` and all layers inside it."""
+    return layer._flatten_layers()
+
+
+def build_layer(layer: keras.Layer, shapes: Sequence, named_shapes: dict, example: tuple) -> None:
+    """Create the state of `layer` and of all layers inside it.
+
+    Args:
+        layer: the layer; nothing is done if it is built through and through.
+        shapes: positional arguments for `layer.build`.
+        named_shapes: keyword arguments for `layer.build`.
+        example: positional and keyword arguments for `layer.call`, with symbolic tensors; used
+            where layers are created by calling them.
+    """
+    if not layer.built:
+        if is_default(layer.build):
+            _build_by_tracing(layer, example)
+        layer.build(*shapes, **named_shapes)
+    if not all(inner.built for inner in sublayers(layer)):
+        _build_by_tracing(layer, example)
+
+
+def _build_by_tracing(layer: keras.Layer, example: tuple) -> None:
+    args, kwargs = example
+    with keras.name_scope(layer.name, caller=layer):
+        backend.compute_output_spec(layer.call, *args, **kwargs)

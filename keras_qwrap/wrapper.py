@@ -1,0 +1,507 @@
+"""`KerasQuantizationWrapper`: any Keras layer, with quantized weights and outputs."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.layer_weights import check_supported, find_weight
+from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
+from keras_qwrap.quantizing_layer import (
+    Quantizer,
+    QuantizingLayer,
+    Tensor,
+    copy_quantizer,
+    inferable_twin,
+    serialize_quantizer,
+)
+from keras_qwrap.substitution import build_layer, call_with, read
+
+FORMAT_VERSION = 1
+"""Version of the wrapper's and the holder's config; files of a newer one are refused."""
+
+
+def check_format_version(config: dict) -> dict:
+    """`config` without its format version, refused if a newer package wrote it."""
+    config = dict(config)
+    version = config.pop("format_version", None)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise bad_value(
+            "format_version", version, "a whole number from 1", "The config is damaged or foreign."
+        )
+    if version > FORMAT_VERSION:
+        raise bad_value(
+            "format_version",
+            version,
+            f"at most {FORMAT_VERSION}",
+            "A newer keras_qwrap wrote this; upgrade the package to read it.",
+        )
+    return config
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+class KerasQuantizationWrapper(QuantizingLayer):
+    """Runs a layer with quantized weights, and quantizes its outputs.
+
+    `outputs = activation_quantizer(layer(inputs; weight <- weights_quantizer(weight)))`
+
+    The layer's variables stay the float (latent) weights, which training updates; each call lays
+    the quantized tensors over them. Gradients are those of the quantizers. Anything the layer
+    does goes on as ever: masks, `training`, state, losses, several inputs and outputs.
+
+    Args:
+        layer: the layer to wrap; it is built and trained, and otherwise left as it is.
+        weights_quantizers: weight path -> quantizer. A path is made of attributes:
+            `"kernel"`, `"cell/recurrent_kernel"`, `"query/kernel"`.
+        activation_quantizers: a quantizer for each output, in flattened order; one quantizer
+            stands for a list of one.
+        converted: the layer's weights lie on their grids already, as
+            `convert_to_inferable_quantizers` leaves them: they are used as they are, and not
+            trained.
+        **kwargs: `name` (the wrapped layer's, by default), `trainable`, `activity_regularizer`.
+
+    Raises:
+        TypeError, ValueError: at construction for wrong arguments, for a quantizer of the other
+            target and for a trainable quantizer used elsewhere; when built for a weight that does
+            not exist, ranges that do not fit, a number of activation quantizers that is not the
+            number of outputs, and layers that cannot be wrapped: with a `tf.function` as `call`,
+            LoRA, or Keras' own quantization.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_qwrap as qi
+
+    weights = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC, 8)
+    output = qi.TrainableQuantizerActivationConfig(
+        qi.QuantizationMethod.POWER_OF_TWO, 8, {"threshold": 8.0}
+    )
+    layer = qi.KerasQuantizationWrapper(
+        keras.layers.Conv2D(4, 3, name="conv"),
+        weights_quantizers={"kernel": qi.STEWeightQATQuantizer(weights)},
+        activation_quantizers=qi.STEActivationQATQuantizer(output),
+    )
+    model = keras.Sequential([keras.Input((8, 8, 3)), layer])
+    print(model.output_shape, layer.name)  # (None, 6, 6, 4) conv
+    ```
+    """
+
+    def __init__(
+        self,
+        layer: keras.Layer,
+        weights_quantizers: Mapping[str, Quantizer] | None = None,
+        activation_quantizers: Quantizer | Sequence[Quantizer] | None = None,
+        converted: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(layer, keras.Layer):
+            raise bad_type("layer", layer, "a Keras layer", "Pass for example Dense(8).")
+        self._layer_signature = inspect.signature(layer.call)
+        self.call = self._call_like(layer)
+        super().__init__(**{"name": layer.name, **kwargs})
+        self.build.__signature__ = inspect.signature(layer.build)
+        self.layer = layer
+        self.supports_masking = layer.supports_masking
+        self.converted = bool(converted)
+        self.weights_quantizers: dict[str, Quantizer] = {}
+        for path, quantizer in _as_mapping(weights_quantizers).items():
+            self.add_weights_quantizer(path, quantizer)
+        self.activation_quantizers = [
+            self._adopt(quantizer, QuantizationTarget.Activation, f"activation_quantizers[{i}]")
+            for i, quantizer in enumerate(_as_list(activation_quantizers))
+        ]
+        self._quantized: list[tuple[str, keras.Variable]] = []
+        self._construction = _Construction()
+
+    def _call_like(self, layer: keras.Layer) -> Callable:
+        """A `call` with the wrapped layer's signature, by which Keras finds masks and shapes."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call_layer(args, kwargs)
+
+        parameters = list(self._layer_signature.parameters.values())
+        if "training" not in self._layer_signature.parameters:
+            training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
+            last = len(parameters)
+            if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+                last -= 1
+            parameters.insert(last, training)
+        call.__signature__ = self._layer_signature.replace(parameters=parameters)
+        return call
+
+    def add_weights_quantizer(self, name: str, quantizer: Quantizer) -> None:
+        """Quantize the weight at path `name` as well; possible until the wrapper is built.
+
+        Raises:
+            ValueError: the wrapper is built, or the weight has a quantizer already.
+            TypeError: `name` is no string, or `quantizer` no quantizer.
+        """
+        if not isinstance(name, str) or not name:
+            raise bad_type(
+                "weights_quantizers", name, "weight paths as keys", "Use for example 'kernel'."
+            )
+        if self.built:
+            raise ValueError(
+                f"add_weights_quantizer: received '{name}' for layer '{self.name}', which is "
+                "built, expected one that is not. Add quantizers before the first call."
+            )
+        if name in self.weights_quantizers:
+            raise ValueError(
+                f"add_weights_quantizer: received '{name}', which has a quantizer already, "
+                "expected another weight. Pass one quantizer for each weight."
+            )
+        role = f"weights_quantizers['{name}']"
+        self.weights_quantizers[name] = self._adopt(quantizer, QuantizationTarget.Weights, role)
+
+    @property
+    def is_weights_quantization(self) -> bool:
+        """Whether any weight has a quantizer."""
+        return bool(self.weights_quantizers)
+
+    @property
+    def is_activation_quantization(self) -> bool:
+        """Whether the outputs have quantizers."""
+        return bool(self.activation_quantizers)
+
+    @property
+    def num_weights_quantizers(self) -> int:
+        """Number of weights that have a quantizer."""
+        return len(self.weights_quantizers)
+
+    @property
+    def num_activation_quantizers(self) -> int:
+        """Number of outputs that have a quantizer."""
+        return len(self.activation_quantizers)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.built:
+            self._construction.call = (args, kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._construction.call = None
+
+    def build(self, *args: Any, **kwargs: Any) -> None:
+        """Build the wrapped layer, find its weights, and create the quantizers' variables."""
+        self._construction.shapes = (args, kwargs)
+        example = self._construction.example()
+        check_supported(self.layer)
+        build_layer(self.layer, args, kwargs, self._for_layer(*example))
+        check_supported(self.layer)
+        for path in sorted(self.weights_quantizers):
+            self._build_weight(path)
+        if self.activation_quantizers:
+            self._build_activations(example)
+
+    def _build_weight(self, path: str) -> None:
+        variable = find_weight(self.layer, path)
+        for other, taken in self._quantized:
+            if taken is variable:
+                raise bad_value(
+                    "weights_quantizers",
+                    path,
+                    f"another weight than '{other}', which it names as well",
+                    "Drop one of the two.",
+                )
+        self._quantized.append((path, variable))
+        self._initialize(
+            self.weights_quantizers[path], tuple(variable.shape), path.replace("/", "_")
+        )
+
+    def _build_activations(self, example: tuple[tuple, dict]) -> None:
+        shapes = self._construction.output_shapes
+        if shapes is None:
+            args, kwargs = self._for_layer(*example)
+            specs = tree.flatten(self.layer.compute_output_spec(*args, **kwargs))
+            shapes = self._construction.output_shapes = [tuple(spec.shape) for spec in specs]
+        self._check_number_of_outputs(len(shapes))
+        for i, (quantizer, shape) in enumerate(
+            zip(self.activation_quantizers, shapes, strict=True)
+        ):
+            self._initialize(quantizer, tuple(shape), f"output_{i}")
+
+    def _check_number_of_outputs(self, number: int) -> None:
+        if number != len(self.activation_quantizers):
+            raise bad_value(
+                "activation_quantizers",
+                len(self.activation_quantizers),
+                f"{number}, one for each output of layer '{self.layer.name}'",
+                "Where the call's arguments decide the outputs, build the wrapper by calling it "
+                "with them.",
+            )
+
+    def latent_weight(self, name: str) -> keras.Variable:
+        """The float variable of a quantized weight; `name` is its path, with `/` or `_`."""
+        for path, variable in self._quantized:
+            if name in (path, path.replace("/", "_")):
+                return variable
+        raise bad_value(
+            "name",
+            name,
+            f"one of {[path for path, _ in self._quantized]}",
+            "Build the layer first.",
+        )
+
+    def get_build_config(self) -> dict | None:
+        """Shapes of inputs and outputs, from which `build_from_config` creates all variables."""
+        if self._construction.shapes is None:
+            return None
+        args, kwargs = self._construction.shapes
+        shapes = self._construction.output_shapes
+        return {"args": list(args), "kwargs": dict(kwargs), "output_shapes": shapes}
+
+    def build_from_config(self, config: dict) -> None:
+        """Build from what `get_build_config` gave."""
+        if not config:
+            return
+        self._construction.output_shapes = config["output_shapes"]
+        self.build(*config["args"], **config["kwargs"])
+
+    def _for_layer(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Arguments of this layer's call as the wrapped layer takes them."""
+        if "training" in self._layer_signature.parameters:
+            return args, kwargs
+        return args, {key: value for key, value in kwargs.items() if key != "training"}
+
+    def _call_layer(self, args: tuple, kwargs: dict) -> Any:
+        training = inspect.signature(self.call).bind(*args, **kwargs).arguments.get("training")
+        args, kwargs = self._for_layer(args, kwargs)
+        if self.converted:
+            self._refuse_training(training)
+            outputs = self.layer(*args, **kwargs)
+        else:
+            replacements = [
+                (variable, self._maker(quantizer, variable, training))
+                for _, quantizer, variable in self._enabled()
+            ]
+            outputs, losses = call_with(self.layer, replacements, args, kwargs)
+            for loss in losses:
+                self.add_loss(loss)
+        return self._quantize_outputs(outputs, training) if self.activation_quantizers else outputs
+
+    def _maker(
+        self, quantizer: Quantizer, variable: keras.Variable, training: Any
+    ) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            quantized = self._quantize(quantizer, read(variable), training)
+            if tuple(quantized.shape) != tuple(variable.shape):
+                raise bad_value(
+                    type(quantizer).__name__,
+                    tuple(quantized.shape),
+                    f"a tensor of the weight's shape, {tuple(variable.shape)}",
+                    "A quantizer must keep the shape of its input.",
+                )
+            return quantized
+
+        return make
+
+    def _refuse_training(self, training: Any) -> None:
+        if self.trainable and self.weights_quantizers and training is True:
+            raise ValueError(
+                f"Layer '{self.name}': received training=True on a converted layer that was made "
+                "trainable, expected inference or trainable=False: training would move the "
+                "weights off their grid. Train the unconverted model and convert it again."
+            )
+
+    def _quantize_outputs(self, outputs: Any, training: Any) -> Any:
+        flat = tree.flatten(outputs)
+        self._check_number_of_outputs(len(flat))
+        quantized = [
+            self._quantize(quantizer, tensor, training)
+            for quantizer, tensor in zip(self.activation_quantizers, flat, strict=True)
+        ]
+        return tree.pack_sequence_as(outputs, quantized)
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's output specification: quantizers keep shape and dtype."""
+        args, kwargs = self._for_layer(args, kwargs)
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's output shape."""
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's output mask."""
+        return self.layer.compute_mask(*args, **kwargs)
+
+    def get_quantized_weights(self) -> dict[str, np.ndarray]:
+        """`{path: quantized weight}`, float32, as the layer computes with them in inference."""
+        self._require_built("get_quantized_weights")
+        return {
+            path: ops.convert_to_numpy(
+                read(variable)
+                if self.converted
+                else self._quantize(quantizer, read(variable), False)
+            ).astype(np.float32)
+            for path, quantizer, variable in self._enabled()
+        }
+
+    def get_codes(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`{path: (codes, scale, zero_point)}`: int32, float32 and int32 arrays.
+
+        `(codes - zero_point) * scale` is the quantized weight. Codes of a lookup quantizer are
+        table indices.
+
+        Raises:
+            ValueError: the layer is not built, or a converted layer's weight was changed and is
+                no longer on its grid.
+        """
+        self._require_built("get_codes")
+        codes = {}
+        for path, quantizer, variable in self._enabled():
+            twin = inferable_twin(quantizer)
+            weight = ops.convert_to_numpy(read(variable))
+            codes[path] = (twin.quantize_to_codes(weight), twin.scale, twin.zero_point)
+            if self.converted and not np.array_equal(twin.dequantize(codes[path][0]), weight):
+                raise ValueError(
+                    f"get_codes: received a weight '{path}' of converted layer '{self.name}' that "
+                    "is not on its grid, expected one that conversion wrote. It was assigned "
+                    "other values since; convert the trained layer again."
+                )
+        return codes
+
+    def _enabled(self) -> list[tuple[str, Quantizer, keras.Variable]]:
+        rows = [(path, self.weights_quantizers[path], v) for path, v in self._quantized]
+        return [row for row in rows if row[1].enabled]
+
+    def _require_built(self, what: str) -> None:
+        if not self.built:
+            raise ValueError(
+                f"{what}: received layer '{self.name}', which is not built, expected a built "
+                "one. Call it or build it first."
+            )
+
+    def convert_to_inferable_quantizers(self) -> "KerasQuantizationWrapper":
+        """A new wrapper for inference, with the same outputs.
+
+        It has its own copy of the layer, whose quantized weights are computed once and not
+        trained; its quantizers are inferable. Converting it again gives an equal one.
+
+        Raises:
+            ValueError: the wrapper is not built.
+        """
+        self._require_built("convert_to_inferable_quantizers")
+        config = check_format_version(self.get_config()) | {
+            "layer": type(self.layer).from_config(self.layer.get_config()),
+            "weights_quantizers": {
+                path: inferable_twin(quantizer) for path, quantizer, _ in self._enabled()
+            },
+            "activation_quantizers": [
+                inferable_twin(quantizer) if quantizer.enabled else copy_quantizer(quantizer)
+                for quantizer in self.activation_quantizers
+            ],
+            "converted": True,
+            "trainable": False,
+        }
+        new = type(self)(**config)
+        new.build_from_config(self.get_build_config())
+        copy_variables(self.layer, new.layer)
+        if not self.converted:
+            for path, weight in self.get_quantized_weights().items():
+                new.latent_weight(path).assign(weight)
+        return new
+
+    def get_config(self) -> dict:
+        """The constructor's arguments as plain values, and the version of this format."""
+        layer = keras.saving.serialize_keras_object(self.layer)
+        layer.pop("build_config", None)
+        return {
+            **super().get_config(),
+            "layer": layer,
+            "weights_quantizers": {
+                path: serialize_quantizer(quantizer)
+                for path, quantizer in self.weights_quantizers.items()
+            },
+            "activation_quantizers": [
+                serialize_quantizer(quantizer) for quantizer in self.activation_quantizers
+            ],
+            "converted": self.converted,
+            "format_version": FORMAT_VERSION,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> "KerasQuantizationWrapper":
+        """The wrapper that `get_config` described."""
+        config = check_format_version(config)
+        for name in ("layer", "weights_quantizers", "activation_quantizers"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)
+
+
+class _Construction:
+    """What the wrapper is built from; a plain object, whose contents Keras does not track."""
+
+    def __init__(self) -> None:
+        self.shapes: tuple[tuple, dict] | None = None
+        self.output_shapes: list[tuple] | None = None
+        self.call: tuple[tuple, dict] | None = None
+
+    def example(self) -> tuple[tuple, dict]:
+        """Arguments of a call, with symbolic tensors: the present call's, else of the shapes."""
+        if self.call is not None:
+            return tree.map_structure(_symbolic, self.call)
+        return _symbolic_arguments(*(self.shapes or ((), {})))
+
+
+def _symbolic(value: Any) -> Any:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return keras.KerasTensor(tuple(value.shape), keras.backend.standardize_dtype(value.dtype))
+    return value
+
+
+def _symbolic_arguments(shapes: tuple, named_shapes: dict) -> tuple[tuple, dict]:
+    """Call arguments, symbolic float tensors, from the shapes that `build` was given."""
+    if len(shapes) + len(named_shapes) == 1:
+        shapes, named_shapes = (*shapes, *named_shapes.values()), {}
+    args = tuple(_symbolic_tensors(shape) for shape in shapes)
+    kwargs = {
+        name.removesuffix("_shape"): _symbolic_tensors(shape)
+        for name, shape in named_shapes.items()
+        if shape is not None
+    }
+    return args, kwargs
+
+
+def _symbolic_tensors(shapes: Any) -> Any:
+    return tree.map_shape_structure(lambda shape: keras.KerasTensor(tuple(shape)), shapes)
+
+
+def _as_mapping(quantizers: Any) -> Mapping[str, Quantizer]:
+    if quantizers is None:
+        return {}
+    if not isinstance(quantizers, Mapping):
+        raise bad_type(
+            "weights_quantizers",
+            quantizers,
+            "a dictionary from weight path to quantizer",
+            "Pass for example {'kernel': quantizer}.",
+        )
+    return quantizers
+
+
+def _as_list(quantizers: Any) -> list:
+    if quantizers is None:
+        return []
+    return list(quantizers) if isinstance(quantizers, (list, tuple)) else [quantizers]
+
+
+def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
+    """Assign every variable of `source`, seed states included, to its counterpart in `target`."""
+    pairs = list(zip(source.variables, target.variables, strict=False))
+    shapes_differ = any(tuple(a.shape) != tuple(b.shape) for a, b in pairs)
+    if len(source.variables) != len(target.variables) or shapes_differ:
+        raise bad_value(
+            "layer",
+            [tuple(v.shape) for v in target.variables],
+            f"variables of shapes {[tuple(v.shape) for v in source.variables]} in a copy of "
+            f"layer '{source.name}' made from its config",
+            "Let the layer's `get_config` return every argument that shapes its variables.",
+        )
+    for a, b in pairs:
+        b.assign(np.array(ops.convert_to_numpy(read(a))))
