@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 Tensor = Any
+Axes = tuple[int, ...] | None
 
 _POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
 
@@ -35,7 +36,7 @@ def uniform_scale_and_zero_point(
     return scale, xp.round(-min_range / scale)
 
 
-def largest_magnitude(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
+def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
     """`max |weight|` over `axes`, which are kept with length 1.
 
     The bits of non-negative floats order as integers do, and integer maxima run at several times
@@ -47,9 +48,7 @@ def largest_magnitude(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
     return ops.max(ops.abs(weight), axis=axes, keepdims=True)
 
 
-def symmetric_threshold(
-    weight: Tensor, axes: tuple[int, ...], num_bits: int, min_threshold: float
-) -> Tensor:
+def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold: float) -> Tensor:
     """Threshold whose narrow signed grid ends exactly at the largest magnitude.
 
     `t = max(max|w|, min_threshold) * float32(1 / (2**(b-1) - 1)) * 2**(b-1)`
@@ -60,7 +59,7 @@ def symmetric_threshold(
 
 
 def power_of_two_threshold(
-    weight: Tensor, axes: tuple[int, ...], num_bits: int, min_threshold: float
+    weight: Tensor, axes: Axes, num_bits: int, min_threshold: float
 ) -> Tensor:
     """The smallest power of two that is not below `symmetric_threshold`.
 
@@ -71,10 +70,8 @@ def power_of_two_threshold(
     return ops.min(ops.where(enough, _POWERS_OF_TWO, np.float32(np.inf)), axis=-1)
 
 
-def uniform_range(
-    weight: Tensor, axes: tuple[int, ...], min_threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value over `axes`, widened to hold zero and to be `min_threshold` wide."""
+def uniform_range(weight: Tensor, axes: Axes, min_threshold: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value over `axes`, widened to hold zero and to `min_threshold`."""
     low = ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0))
     high = ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0))
     return low, ops.maximum(high, low + np.float32(min_threshold))

@@ -59,9 +59,10 @@ def mark_quantizer(
     methods = _check_methods(quantization_method)
 
     def mark(cls: type) -> type:
-        cls.quantization_target = target
-        cls.quantization_method = methods
-        cls.identifier = cls.__name__ if identifier is None else identifier
+        marks = {"quantization_target": target, "quantization_method": methods}
+        marks["identifier"] = cls.__name__ if identifier is None else identifier
+        for name, value in marks.items():
+            setattr(cls, name, value)
         return cls
 
     return mark
@@ -225,7 +226,7 @@ class BaseKerasTrainableQuantizer:
                 f"{type(self).__name__}: received no quantization target and methods, expected "
                 "both. Pass them to super().__init__ or mark the class with `mark_quantizer`."
             )
-        expected = _CONFIG_OF[self.quantization_target]
+        expected: Any = _CONFIG_OF[self.quantization_target]
         if not isinstance(quantization_config, expected):
             raise bad_type(
                 "quantization_config",
@@ -240,7 +241,7 @@ class BaseKerasTrainableQuantizer:
                 f"one of {', '.join(m.name for m in self.quantization_method)}",
                 f"{type(self).__name__} supports no other method.",
             )
-        self.quantization_config = quantization_config
+        self.quantization_config: Any = quantization_config
         self.quantizer_parameters: dict[str, Any] = {}
         self._owner: weakref.ref | None = None
 
