@@ -136,7 +136,7 @@ def make_channels(per_channel: Any, channel_axis: Any, input_rank: Any) -> Chann
             f"axes from {-input_rank} to {input_rank - 1} for a tensor of rank {input_rank}",
             "Name an axis that the tensor has.",
         )
-    kept = tuple(axis % input_rank for axis in axes)
+    kept = tuple(axis % int(input_rank) for axis in axes)
     if list(kept) != sorted(set(kept)):
         raise bad_value(
             "channel_axis", channel_axis, "distinct axes in ascending order", "Sort the axes."

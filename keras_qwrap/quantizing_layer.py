@@ -62,7 +62,7 @@ class QuantizingLayer(keras.layers.Layer):
         if isinstance(quantizer, BaseKerasInferableQuantizer):
             quantizer = copy_quantizer(quantizer)
         else:
-            owner = quantizer._owner and quantizer._owner()
+            owner: Any = quantizer._owner() if quantizer._owner is not None else None
             if owner is not None and owner.owns(quantizer):
                 raise bad_value(
                     role,
@@ -126,7 +126,7 @@ class QuantizingLayer(keras.layers.Layer):
         self._taken_names.append(name)
         return name
 
-    def _quantize(self, quantizer: Quantizer, tensor: Tensor, training: Any) -> Tensor:
+    def _quantize(self, quantizer: Any, tensor: Tensor, training: Any) -> Tensor:
         if not quantizer.enabled:
             return tensor
         if "training" in inspect.signature(quantizer.__call__).parameters:

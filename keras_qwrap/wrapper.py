@@ -104,7 +104,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         self._layer_signature = inspect.signature(layer.call)
         self.call = self._call_like(layer)
         super().__init__(**{"name": layer.name, **kwargs})
-        self.build.__signature__ = inspect.signature(layer.build)
+        _sign(self.build, inspect.signature(layer.build))
         self.layer = layer
         self.supports_masking = layer.supports_masking
         self.converted = bool(converted)
@@ -131,8 +131,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
             if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
                 last -= 1
             parameters.insert(last, training)
-        call.__signature__ = self._layer_signature.replace(parameters=parameters)
-        return call
+        return _sign(call, self._layer_signature.replace(parameters=parameters))
 
     def add_weights_quantizer(self, name: str, quantizer: Quantizer) -> None:
         """Quantize the weight at path `name` as well; possible until the wrapper is built.
@@ -400,7 +399,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
             "trainable": False,
         }
         new = type(self)(**config)
-        new.build_from_config(self.get_build_config())
+        new.build_from_config(self.get_build_config() or {})
         copy_variables(self.layer, new.layer)
         if not self.converted:
             for path, weight in self.get_quantized_weights().items():
@@ -432,6 +431,12 @@ class KerasQuantizationWrapper(QuantizingLayer):
         for name in ("layer", "weights_quantizers", "activation_quantizers"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
+
+
+def _sign(function: Any, signature: inspect.Signature) -> Callable:
+    """`function`, which Keras will inspect as having `signature`."""
+    function.__signature__ = signature
+    return function
 
 
 class _Construction:

@@ -145,9 +145,9 @@ class WeightsLUTSymmetricInferableQuantizer(LookupQuantizer):
     """Lookup table for weights: each weight becomes the nearest of a few values.
 
     `v = clip(x / (threshold + eps) * 2**(w-1), -2**(w-1), 2**(w-1) - 1)` with
-    `w = lut_values_bitwidth`; `y = lut_values[i] / 2**(w-1) * threshold`, `i` the index of the entry
-    nearest to `v`, of two equally near ones the first. Codes are these indices. Gradient: upstream
-    where nothing is clipped, else 0.
+    `w = lut_values_bitwidth`; `y = lut_values[i] / 2**(w-1) * threshold`, `i` the index of the
+    entry nearest to `v`, of two equally near ones the first. Codes are these indices. Gradient:
+    upstream where nothing is clipped, else 0.
 
     Args:
         num_bits: width of the indices, 2 to 16.

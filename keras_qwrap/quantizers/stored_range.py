@@ -61,7 +61,7 @@ def check_range(min_range: Any, max_range: Any) -> tuple[np.ndarray, np.ndarray]
 
 
 class RangeQuantizer(BaseKerasInferableQuantizer):
-    """Stores ranges, as constants or, once `initialize_quantization` ran, as a layer's variables."""
+    """Stores ranges: constants or, once `initialize_quantization` ran, a layer's variables."""
 
     def __init__(self, channels: Channels, **values: np.ndarray) -> None:
         self._channels = channels
