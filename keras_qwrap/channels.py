@@ -51,7 +51,7 @@ class Channels:
                     name,
                     values.tolist(),
                     "one number, since the range is per tensor",
-                    "Pass per_channel=True with channel_axis and input_rank for several.",
+                    "Pass one; weights quantizers take several with per_channel=True.",
                 )
             return values.reshape(())
         if values.ndim != len(self.kept):
@@ -128,6 +128,8 @@ def make_channels(per_channel: Any, channel_axis: Any, input_rank: Any) -> Chann
         )
     if isinstance(input_rank, bool) or not isinstance(input_rank, (int, np.integer)):
         raise bad_type("input_rank", input_rank, "an int", "Pass the tensor's rank.")
+    if input_rank < 1:
+        raise bad_value("input_rank", input_rank, "an int of at least 1", "Pass the tensor's rank.")
     axes = check_channel_axis(channel_axis)
     if any(not -input_rank <= axis < input_rank for axis in axes):
         raise bad_value(

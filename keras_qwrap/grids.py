@@ -11,13 +11,13 @@ SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 """2**-126: below it a float32 step is subnormal, and its multiples are not exact."""
 
 
-def check_num_bits(num_bits: Any) -> int:
+def check_num_bits(num_bits: Any, name: str = "num_bits") -> int:
     """`num_bits` as an `int`, refused unless it is an integer from 2 to 16."""
-    fix = "Pass the width of the integer codes, for example 8."
+    fix = "Pass the width of the integers, for example 8."
     if isinstance(num_bits, bool) or not isinstance(num_bits, (int, np.integer)):
-        raise bad_type("num_bits", num_bits, "an integer from 2 to 16", fix)
+        raise bad_type(name, num_bits, "an integer from 2 to 16", fix)
     if not 2 <= num_bits <= 16:
-        raise bad_value("num_bits", num_bits, "an integer from 2 to 16", fix)
+        raise bad_value(name, num_bits, "an integer from 2 to 16", fix)
     return int(num_bits)
 
 
@@ -25,9 +25,12 @@ def float_array(name: str, value: Any) -> np.ndarray:
     """`value` as a non-empty, finite float32 array; anything else is refused."""
     fix = "Pass a float, or a list or array of floats."
     try:
-        wide = np.asarray(value, dtype=np.float64)
+        given = np.asarray(value)
+        wide = None if given.dtype.kind in "bcSU" else given.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise bad_type(name, value, "finite numbers", fix) from error
+        raise bad_type(name, value, "real numbers", fix) from error
+    if wide is None:
+        raise bad_type(name, value, "real numbers", fix)
     with np.errstate(over="ignore"):
         array = wide.astype(np.float32)
     if array.size == 0:
@@ -40,28 +43,39 @@ def float_array(name: str, value: Any) -> np.ndarray:
 def check_scale(scale: np.ndarray, largest_code: int, source: str) -> None:
     """Refuse steps whose multiples float32 cannot hold exactly; `source` names the argument."""
     if np.any(scale < SMALLEST_SCALE):
-        raise bad_value(
-            source,
-            float(np.min(scale)),
-            "a range whose step is at least 2**-126",
-            "A smaller step is subnormal in float32; widen the range or use fewer bits.",
+        raise ValueError(
+            f"{source}: received a range whose step is {np.min(scale)}, expected one of at least "
+            "2**-126. A smaller step is subnormal in float32; widen the range or use fewer bits."
         )
     with np.errstate(over="ignore"):
         if not np.all(np.isfinite(scale * np.float32(largest_code))):
-            raise bad_value(
-                source,
-                float(np.max(scale)),
-                "a range whose ends are finite in float32",
-                "Narrow the range.",
+            raise ValueError(
+                f"{source}: received a range whose step is {np.max(scale)}, expected one whose "
+                "ends are finite in float32. Narrow the range."
             )
 
 
-def _refuse_nan(x: np.ndarray) -> None:
+def _numbers_to_encode(x: Any) -> np.ndarray:
+    """`x` in float32; subnormal numbers count as zero, as the backends compute; NaN is refused."""
+    x = np.asarray(x, dtype=np.float32)
     if np.any(np.isnan(x)):
         raise ValueError(
             "Received NaN to encode, expected numbers: NaN has no integer code. "
             "Find where the NaN comes from, or replace it first (`numpy.nan_to_num`)."
         )
+    return np.where(np.abs(x) < np.float32(SMALLEST_SCALE), np.float32(0), x)
+
+
+def _check_codes(codes: Any, lowest: int, highest: int) -> np.ndarray:
+    """`codes` as an array of integers from `lowest` to `highest`; anything else is refused."""
+    codes = np.asarray(codes)
+    fix = "Pass the codes that `quantize_to_codes` gave."
+    if codes.size and codes.dtype.kind not in "iu":
+        raise bad_type("codes", codes.dtype.name, "integers", fix)
+    if codes.size and not (lowest <= codes.min() and codes.max() <= highest):
+        ends = (int(codes.min()), int(codes.max()))
+        raise bad_value("codes", ends, f"codes from {lowest} to {highest}", fix)
+    return codes.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -103,8 +117,7 @@ class IntegerGrid:
         Raises:
             ValueError: `x` holds NaN.
         """
-        x = np.asarray(x, dtype=np.float32)
-        _refuse_nan(x)
+        x = _numbers_to_encode(x)
         zero_point = np.asarray(zero_point, dtype=np.int32)
         with np.errstate(over="ignore"):
             steps = np.round(x / np.asarray(scale, dtype=np.float32))
@@ -114,15 +127,8 @@ class IntegerGrid:
 
     def decode(self, codes: Any, scale: Any, zero_point: Any = 0) -> np.ndarray:
         """`(codes - zero_point) * scale` as float32; codes off the grid are refused."""
-        codes = np.asarray(codes)
-        if codes.size and not (self.lowest <= codes.min() and codes.max() <= self.highest):
-            raise bad_value(
-                "codes",
-                (int(codes.min()), int(codes.max())),
-                f"codes from {self.lowest} to {self.highest}",
-                "Pass the codes that `quantize_to_codes` gave.",
-            )
-        steps = codes.astype(np.int32) - np.asarray(zero_point, dtype=np.int32)
+        codes = _check_codes(codes, self.lowest, self.highest)
+        steps = codes - np.asarray(zero_point, dtype=np.int32)
         return steps.astype(np.float32) * np.asarray(scale, dtype=np.float32)
 
 
@@ -166,13 +172,16 @@ class LookupGrid:
         """Numbers at and below which the lower of two neighbouring entries is taken, float32.
 
         That is their midpoint, where the lower one comes first in the table, or else the
-        largest float32 below it: of two equally near entries the first one wins.
+        largest float32 below it: of two equally near entries the first one wins. Below zero that
+        is -2**-126, since the backends take subnormal numbers for zero.
         """
         values = np.asarray(self.values, dtype=np.float32)
         order = np.argsort(values)
         middle = (values[order][:-1] + values[order][1:]) / np.float32(2)
         lower_wins = order[:-1] < order[1:]
-        return np.where(lower_wins, middle, np.nextafter(middle, np.float32(-np.inf)))
+        below = np.nextafter(middle, np.float32(-np.inf))
+        below[middle == 0] = -np.float32(SMALLEST_SCALE)
+        return np.where(lower_wins, middle, below)
 
     def encode(self, x: Any, divisor: Any) -> np.ndarray:
         """Index of the entry nearest to `clip(x / divisor, *limits)`, int32.
@@ -180,8 +189,7 @@ class LookupGrid:
         Raises:
             ValueError: `x` holds NaN.
         """
-        x = np.asarray(x, dtype=np.float32)
-        _refuse_nan(x)
+        x = _numbers_to_encode(x)
         with np.errstate(over="ignore"):
             position = np.clip(x / np.asarray(divisor, dtype=np.float32), *self.limits)
         order = np.argsort(np.asarray(self.values))
@@ -189,13 +197,6 @@ class LookupGrid:
 
     def decode(self, codes: Any, scale: Any) -> np.ndarray:
         """`table[codes] * scale` as float32; indices outside the table are refused."""
-        codes = np.asarray(codes)
-        if codes.size and not (codes.min() >= 0 and codes.max() < len(self.values)):
-            raise bad_value(
-                "codes",
-                (int(codes.min()), int(codes.max())),
-                f"indices from 0 to {len(self.values) - 1}",
-                "Pass the codes that `quantize_to_codes` gave.",
-            )
+        codes = _check_codes(codes, 0, len(self.values) - 1)
         table = np.asarray(self.values, dtype=np.float32)
         return table[codes] * np.asarray(scale, dtype=np.float32)

@@ -18,6 +18,9 @@ PACKAGE = "keras_qwrap"
 DEFAULT_MIN_THRESHOLD = 2.0**-16
 """Floor under ranges, so that a weight that is all zero still has a usable step."""
 
+_SMALLEST_MIN_THRESHOLD = 2.0**-110
+"""2**16 steps of 2**-126, the smallest normal float32: at any width the step is a normal number."""
+
 
 class QuantizationTarget(enum.Enum):
     """What a quantizer quantizes."""
@@ -66,8 +69,13 @@ def _plain(value: Any) -> Any:
 
 def _check_min_threshold(value: Any) -> float:
     array = float_array("min_threshold", value)
-    if array.size != 1 or not array.item() > 0:
-        raise bad_value("min_threshold", value, "one positive number", "Pass for example 2**-16.")
+    if array.size != 1 or array.item() < _SMALLEST_MIN_THRESHOLD:
+        raise bad_value(
+            "min_threshold",
+            value,
+            "one positive number, at least 2**-110",
+            "Pass for example 2**-16.",
+        )
     return float(value)
 
 
@@ -130,7 +138,7 @@ class TrainableQuantizerWeightsConfig:
             "weights_quantization_method": check_member(
                 "weights_quantization_method", self.weights_quantization_method, QuantizationMethod
             ),
-            "weights_n_bits": check_num_bits(self.weights_n_bits),
+            "weights_n_bits": check_num_bits(self.weights_n_bits, "weights_n_bits"),
             "weights_quantization_params": _plain_params(
                 "weights_quantization_params", self.weights_quantization_params
             ),
@@ -205,7 +213,7 @@ class TrainableQuantizerActivationConfig:
                 self.activation_quantization_method,
                 QuantizationMethod,
             ),
-            "activation_n_bits": check_num_bits(self.activation_n_bits),
+            "activation_n_bits": check_num_bits(self.activation_n_bits, "activation_n_bits"),
             "activation_quantization_params": _plain_params(
                 "activation_quantization_params", self.activation_quantization_params
             ),

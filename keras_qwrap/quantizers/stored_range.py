@@ -180,7 +180,7 @@ class UniformQuantizer(IntegerQuantizer):
         low, high = check_range(min_range, max_range)
         super().__init__(channels, min_range=low, max_range=high)
         self._grid = grid
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             check_scale(self.scale, grid.highest, "max_range")
 
     def _derive(self, xp: Any, get: Any) -> tuple[Any, Any]:
@@ -261,7 +261,7 @@ def _check_eps(eps: Any) -> float:
 
 def _check_table(lut_values: Any, num_bits: int, bitwidth: int, signed: bool) -> LookupGrid:
     table = float_array("lut_values", lut_values)
-    bitwidth = check_num_bits(bitwidth)
+    bitwidth = check_num_bits(bitwidth, "lut_values_bitwidth")
     grid = LookupGrid(tuple(int(v) for v in table.ravel()), bitwidth, signed)
     lowest, highest = grid.limits
     if table.ndim != 1 or np.any(table != np.round(table)):
