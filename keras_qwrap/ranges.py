@@ -42,10 +42,8 @@ def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
     The bits of non-negative floats order as integers do, and integer maxima run at several times
     the speed of float ones in graphs and under XLA.
     """
-    if hasattr(ops, "view"):
-        bits = ops.bitwise_and(ops.view(weight, dtype="int32"), 0x7FFFFFFF)
-        return ops.view(ops.max(bits, axis=axes, keepdims=True), dtype="float32")
-    return ops.max(ops.abs(weight), axis=axes, keepdims=True)
+    bits = ops.bitwise_and(ops.view(weight, dtype="int32"), 0x7FFFFFFF)
+    return ops.view(ops.max(bits, axis=axes, keepdims=True), dtype="float32")
 
 
 def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold: float) -> Tensor:

@@ -7,6 +7,7 @@ keeps that property only while `scale` is no graph constant; see the README on e
 
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 Tensor = Any
@@ -90,7 +91,7 @@ def fake_quantize_covered(x: Tensor, scale: Tensor, lowest: Tensor, highest: Ten
 
 
 def fake_lookup(
-    x: Tensor, scale: Tensor, divisor: Tensor, values: Tensor, bounds: Tensor, limits: tuple
+    x: Tensor, scale: Tensor, divisor: Tensor, values: Any, bounds: Any, limits: tuple
 ) -> Tensor:
     """The nearest entry of a table.
 
@@ -103,8 +104,8 @@ def fake_lookup(
         x: float tensor of any shape.
         scale: value of one table unit, broadcastable to `x`.
         divisor: width of one table unit when looking up, broadcastable to `x`.
-        values: table entries in ascending order, shape `(n,)`.
-        bounds: where one entry gives way to the next, ascending, shape `(n - 1,)`.
+        values: table entries in ascending order, an array of shape `(n,)`.
+        bounds: where one entry gives way to the next, ascending, an array of shape `(n - 1,)`.
         limits: lowest and highest number that the table's bit width can hold.
 
     Example:
@@ -117,9 +118,26 @@ def fake_lookup(
     print(np.asarray(y))  # [ 0.5 -0.5]
     ```
     """
+    values, bounds = np.asarray(values, np.float32), np.asarray(bounds, np.float32)
+
+    @ops.custom_gradient
+    def look_up(x: Tensor, scale: Tensor, divisor: Tensor) -> tuple:
+        position = ops.divide(x, divisor)
+
+        def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
+            dy = _upstream(args, upstream)
+            above = ops.greater_equal(position, limits[0])
+            inside = ops.logical_and(above, ops.less_equal(position, limits[1]))
+            dx = ops.where(inside, dy, ops.zeros_like(dy))
+            return dx, ops.zeros_like(scale), ops.zeros_like(divisor)
+
+        clipped = ops.clip(position, *limits)
+        index = ops.searchsorted(bounds, ops.reshape(clipped, (-1,)), side="left")
+        found = ops.reshape(ops.take(values, index, axis=0), ops.shape(clipped))
+        return ops.multiply(ops.where(ops.isnan(clipped), clipped, found), scale), grad
+
     x = ops.convert_to_tensor(x)
-    rest = (scale, divisor, values, bounds, *limits)
-    return _looked_up(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in rest))
+    return look_up(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, divisor)))
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
@@ -155,31 +173,3 @@ def _covered(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tenso
 
     codes = ops.clip(ops.round(ops.divide(x, scale)), lowest, highest)
     return ops.multiply(codes, scale), grad
-
-
-@ops.custom_gradient
-def _looked_up(
-    x: Tensor,
-    scale: Tensor,
-    divisor: Tensor,
-    values: Tensor,
-    bounds: Tensor,
-    lowest: Tensor,
-    highest: Tensor,
-) -> Tensor:
-    position = ops.divide(x, divisor)
-
-    def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
-        dy = _upstream(args, upstream)
-        inside = ops.logical_and(
-            ops.greater_equal(position, lowest), ops.less_equal(position, highest)
-        )
-        dx = ops.where(inside, dy, ops.zeros_like(dy))
-        others = (scale, divisor, values, bounds, lowest, highest)
-        return dx, *(ops.zeros_like(a) for a in others)
-
-    clipped = ops.clip(position, lowest, highest)
-    index = ops.searchsorted(bounds, ops.reshape(clipped, (-1,)), side="left")
-    looked_up = ops.reshape(ops.take(values, index, axis=0), ops.shape(clipped))
-    looked_up = ops.where(ops.isnan(clipped), clipped, looked_up)
-    return ops.multiply(looked_up, scale), grad
