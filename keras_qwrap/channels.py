@@ -69,7 +69,7 @@ class Channels:
     def gather(self, spread: np.ndarray) -> float | list:
         """The inverse of `spread`, as plain Python numbers for a config."""
         if not self.kept:
-            return float(spread)
+            return spread.item()
         return spread.reshape([spread.shape[axis] for axis in self.kept]).tolist()
 
     def check_tensor(self, name: str, range_shape: tuple, tensor_shape: tuple) -> None:
