@@ -7,6 +7,7 @@ keeps that property only while `scale` is no graph constant; see the README on e
 
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -122,7 +123,7 @@ def fake_lookup(
 
     @ops.custom_gradient
     def look_up(x: Tensor, scale: Tensor, divisor: Tensor) -> tuple:
-        position = ops.divide(x, divisor)
+        position = _divide(x, divisor)
 
         def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
             dy = _upstream(args, upstream)
@@ -140,6 +141,17 @@ def fake_lookup(
     return look_up(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, divisor)))
 
 
+def _divide(x: Tensor, scale: Tensor) -> Tensor:
+    """`x / scale`, correctly rounded.
+
+    JAX's compiler multiplies by the reciprocal of a divisor that it sees to be broadcast, which
+    misses some ties; a divisor chosen element by element it divides by. NaN stays NaN.
+    """
+    if keras.backend.backend() == "jax":
+        scale = ops.where(ops.isnan(x), x, scale)
+    return ops.divide(x, scale)
+
+
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     """The incoming gradient: Keras hands it over by keyword on torch, else as the last one."""
     return args[-1] if upstream is None else upstream
@@ -154,7 +166,7 @@ def _clipped(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tenso
         dx = ops.where(ops.logical_and(above, below), dy, ops.zeros_like(dy))
         return dx, *(ops.zeros_like(a) for a in (scale, lowest, highest))
 
-    codes = ops.clip(ops.round(ops.divide(x, scale)), lowest, highest)
+    codes = ops.clip(ops.round(_divide(x, scale)), lowest, highest)
     return ops.multiply(codes, scale), grad
 
 
@@ -163,7 +175,7 @@ def _unclipped(x: Tensor, scale: Tensor) -> Tensor:
     def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
         return _upstream(args, upstream), ops.zeros_like(scale)
 
-    return ops.multiply(ops.round(ops.divide(x, scale)), scale), grad
+    return ops.multiply(ops.round(_divide(x, scale)), scale), grad
 
 
 @ops.custom_gradient
@@ -171,5 +183,5 @@ def _covered(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tenso
     def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
         return _upstream(args, upstream), *(ops.zeros_like(a) for a in (scale, lowest, highest))
 
-    codes = ops.clip(ops.round(ops.divide(x, scale)), lowest, highest)
+    codes = ops.clip(ops.round(_divide(x, scale)), lowest, highest)
     return ops.multiply(codes, scale), grad
