@@ -47,6 +47,10 @@ def keras_load_quantized_model(
 ) -> keras.Model:
     """Load a `.keras` or `.h5` file as `keras.models.load_model` does.
 
+    A damaged `.keras` archive is always recognized. An `.h5` file holds no checksum: a damage that
+    leaves it readable goes unnoticed, and Keras restores no compiled `.h5` whose loss or metric is
+    a string such as "mse" (pass `compile=False`). Prefer `.keras`.
+
     Args:
         path: the file.
         custom_objects: classes and functions of your own that are not registered, by name.
@@ -54,7 +58,7 @@ def keras_load_quantized_model(
 
     Raises:
         TypeError: `path` is no path.
-        OSError: the file cannot be read: it does not exist, is truncated or is no such file.
+        OSError: the file cannot be read: it does not exist, is truncated or is damaged.
         ValueError: it can be read, but holds no model that this package and Keras can rebuild.
 
     Example:
@@ -75,18 +79,26 @@ def keras_load_quantized_model(
     """
     if not isinstance(path, (str, os.PathLike)):
         raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     _check_file(path)
     try:
         return keras.models.load_model(path, custom_objects=custom_objects, compile=compile)
-    except (OSError, ValueError):
-        raise
-    except (TypeError, KeyError, AttributeError, IndexError, RuntimeError, zipfile.BadZipFile) as e:
-        raise ValueError(
-            f"path: received '{path}', expected a model that Keras saved; rebuilding it failed "
-            f"with {type(e).__name__}: {e}. The file is damaged, was written by another package, "
-            "or names classes that must be imported or passed as `custom_objects`."
-        ) from e
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"path: received '{path}', expected a model that Keras saved and can rebuild here. The "
+            "file is damaged, was written by another version, or names classes that must be "
+            f"imported or passed as `custom_objects`; the reason was {_reason(error)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost error that `error` quotes: Keras puts whole configs around each message."""
+    inner = error.__cause__ or error.__context__
+    while inner is not None and str(inner) and str(inner) in str(error):
+        error, inner = inner, inner.__cause__ or inner.__context__
+    line = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"
 
 
 def _check_file(path: str) -> None:
@@ -96,16 +108,7 @@ def _check_file(path: str) -> None:
     if zipfile.is_zipfile(path):
         _check_archive(path)
     elif h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            if "model_config" not in file.attrs:
-                raise bad_value(
-                    "path",
-                    path,
-                    "an HDF5 file with a model's config",
-                    "A file of weights alone is loaded with `model.load_weights`.",
-                )
-        if not path.endswith((".h5", ".hdf5")):
-            raise bad_value("path", path, "the ending .h5 or .hdf5", "Rename the file.")
+        _check_hdf5(path)
     else:
         raise bad_value(
             "path",
@@ -115,13 +118,36 @@ def _check_file(path: str) -> None:
         )
 
 
+def _check_hdf5(path: str) -> None:
+    try:
+        with h5py.File(path, "r") as file:
+            holds_model = "model_config" in file.attrs
+    except Exception as error:
+        raise OSError(
+            f"path: received '{path}', expected a whole HDF5 file; reading it failed with "
+            f"{_reason(error)}. Save the model again."
+        ) from error
+    if not holds_model:
+        raise bad_value(
+            "path",
+            path,
+            "an HDF5 file with a model's config",
+            "A file of weights alone is loaded with `model.load_weights`.",
+        )
+    if not path.endswith((".h5", ".hdf5")):
+        raise bad_value("path", path, "the ending .h5 or .hdf5", "Rename the file.")
+
+
 def _check_archive(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             names = set(archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:
-        raise OSError(f"path: received '{path}', expected a whole .keras archive: {e}.") from e
+    except Exception as error:
+        raise OSError(
+            f"path: received '{path}', expected a whole .keras archive; reading it failed with "
+            f"{_reason(error)}. Save the model again."
+        ) from error
     if damaged is not None:
         raise OSError(
             f"path: received '{path}', expected a whole .keras archive; '{damaged}' in it is "
