@@ -193,16 +193,16 @@ def check_wrapper(
     """Check a layer under a wrapper against the contract, on copies made from the configs.
 
     The output equals the bare layer's fed with the quantized weights; a Functional model gives
-    the same, eager and compiled; a training step reaches every quantized weight; conversion, a
-    second conversion, and a reload from every file format change no bit; the given layer and
-    quantizers are left as they were.
+    the same; a training step reaches every quantized weight; conversion (also compiled), a second
+    conversion, and a reload from every file format change no bit; the given layer and quantizers
+    are left as they were.
 
     Args:
         layer: the layer, built or not; not changed.
-        inputs: arrays for the positional arguments of its call.
+        inputs: arrays, or structures of them, for the positional arguments of its call.
         weights_quantizers: weight path -> quantizer.
         activation_quantizers: one for each output.
-        call_kwargs: further arguments of its call.
+        call_kwargs: further arguments of its call; arrays become inputs of the model.
         files: endings of the files to save and reload.
         seed: for the random numbers of the check.
 
@@ -238,14 +238,19 @@ def check_wrapper(
     expected = tree.map_structure(_to_numpy, wrapper(*inputs, **call_kwargs))
     _check_against_bare(layer, wrapper, inputs, call_kwargs, expected)
     model = _functional(wrapper, inputs, call_kwargs)
+    inputs = [*inputs, *(v for v in call_kwargs.values() if isinstance(v, np.ndarray))]
     _check_model(model, inputs, expected, "a Functional model")
-    moved = [wrapper.latent_weight(path) for path in weights_quantizers]
-    _moves(model, list(inputs), moved, seed)
+    if model.trainable_variables:
+        moved = [wrapper.latent_weight(path) for path in weights_quantizers]
+        _moves(model, list(inputs), moved, seed)
     expected = tree.map_structure(_to_numpy, model(list(inputs)))
     converted = convert_to_inferable(model)
     again = convert_to_inferable(converted)
     for what, each in (("the", model), ("the converted", converted), ("the reconverted", again)):
         _check_model(each, inputs, expected, f"{what} model")
+    compiled = _predict(model, inputs)
+    for got, wanted in zip(_predict(converted, inputs), compiled, strict=True):
+        _equal(got, wanted, "the converted model gives the same compiled")
     for ending in files:
         for what, each in (("the", model), ("the converted", converted)):
             reloaded = _reload(each, ending)
@@ -290,13 +295,29 @@ def _check_against_bare(
 
 
 def _functional(wrapper: Any, inputs: Sequence, call_kwargs: dict) -> keras.Model:
-    symbols = [keras.Input(np.shape(x)[1:], dtype=np.asarray(x).dtype.name) for x in inputs]
-    return keras.Model(symbols, wrapper(*symbols, **call_kwargs))
+    """A model of the wrapper; arrays among `call_kwargs` are inputs as well, after the others."""
+    symbols = tree.map_structure(_input_like, list(inputs))
+    named = {
+        key: _input_like(value) if isinstance(value, np.ndarray) else value
+        for key, value in call_kwargs.items()
+    }
+    further = [named[key] for key, value in call_kwargs.items() if isinstance(value, np.ndarray)]
+    return keras.Model([*symbols, *further], wrapper(*symbols, **named))
+
+
+def _input_like(array: Any) -> keras.KerasTensor:
+    return keras.Input(np.shape(array)[1:], dtype=np.asarray(array).dtype.name)
 
 
 def _check_model(model: keras.Model, inputs: Sequence, expected: Any, what: str) -> None:
     for got, wanted in zip(tree.flatten(model(list(inputs))), tree.flatten(expected), strict=True):
         _equal(_to_numpy(got), wanted, f"{what} gives the same outputs")
+
+
+def _predict(model: keras.Model, inputs: Sequence) -> list[np.ndarray]:
+    model.compile(jit_compile=False)
+    batch_size = len(tree.flatten(inputs)[0])
+    return tree.flatten(model.predict(list(inputs), batch_size=batch_size, verbose=0))
 
 
 def _reload(model: keras.Model, ending: str) -> keras.Model:
