@@ -11,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qwrap.fusion import fused
+
 Tensor = Any
 
 
@@ -157,17 +159,31 @@ def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     return args[-1] if upstream is None else upstream
 
 
+@fused
+def _round(x: Tensor, scale: Tensor) -> Tensor:
+    return ops.multiply(ops.round(_divide(x, scale)), scale)
+
+
+@fused
+def _round_and_clip(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    return ops.multiply(ops.clip(ops.round(_divide(x, scale)), lowest, highest), scale)
+
+
+@fused
+def _masked(x: Tensor, dy: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """`dy` where `x` is inside half a step around the range, else 0."""
+    above = ops.greater_equal(x, (lowest - 0.5) * scale)
+    below = ops.less_equal(x, (highest + 0.5) * scale)
+    return ops.where(ops.logical_and(above, below), dy, 0.0)
+
+
 @ops.custom_gradient
 def _clipped(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
-        dy = _upstream(args, upstream)
-        above = ops.greater_equal(x, (lowest - 0.5) * scale)
-        below = ops.less_equal(x, (highest + 0.5) * scale)
-        dx = ops.where(ops.logical_and(above, below), dy, ops.zeros_like(dy))
+        dx = _masked(x, _upstream(args, upstream), scale, lowest, highest)
         return dx, *(ops.zeros_like(a) for a in (scale, lowest, highest))
 
-    codes = ops.clip(ops.round(_divide(x, scale)), lowest, highest)
-    return ops.multiply(codes, scale), grad
+    return _round_and_clip(x, scale, lowest, highest), grad
 
 
 @ops.custom_gradient
@@ -175,7 +191,7 @@ def _unclipped(x: Tensor, scale: Tensor) -> Tensor:
     def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
         return _upstream(args, upstream), ops.zeros_like(scale)
 
-    return ops.multiply(ops.round(_divide(x, scale)), scale), grad
+    return _round(x, scale), grad
 
 
 @ops.custom_gradient
@@ -183,5 +199,4 @@ def _covered(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tenso
     def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
         return _upstream(args, upstream), *(ops.zeros_like(a) for a in (scale, lowest, highest))
 
-    codes = ops.clip(ops.round(_divide(x, scale)), lowest, highest)
-    return ops.multiply(codes, scale), grad
+    return _round_and_clip(x, scale, lowest, highest), grad
