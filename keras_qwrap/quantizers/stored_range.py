@@ -95,7 +95,7 @@ class RangeQuantizer(BaseKerasInferableQuantizer):
     def _array(self, role: str) -> np.ndarray:
         """A range as float32 numbers."""
         if role in self.quantizer_parameters:
-            return ops.convert_to_numpy(self.quantizer_parameters[role])
+            return ops.convert_to_numpy(ops.convert_to_tensor(self.quantizer_parameters[role]))
         return self._constants[role]
 
     def _check_call(self, tensor: Tensor) -> None:
