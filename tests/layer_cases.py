@@ -65,9 +65,8 @@ class Listed(layers.Layer):
         self.table = {"shift": self.add_weight(name="shift", shape=(2,))}
 
     def call(self, inputs):
-        return ops.matmul(inputs, self.lst[0]) * ops.matmul(inputs, self.lst[1]) + (
-            self.table["shift"]
-        )
+        product = ops.matmul(inputs, self.lst[0]) * ops.matmul(inputs, self.lst[1])
+        return product + self.table["shift"]
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], 2)
