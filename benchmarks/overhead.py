@@ -34,9 +34,9 @@ CASES: dict[str, tuple[Callable[[], keras.Layer], tuple, list[str]]] = {
         (64, 32, 32, 64),
         ["kernel"],
     ),
-    "DepthwiseConv2D 3x3, 64, 32x32, batch 64": (
+    "DepthwiseConv2D 3x3, 64, 32x32, batch 8": (
         lambda: keras.layers.DepthwiseConv2D(3, padding="same"),
-        (64, 32, 32, 64),
+        (8, 32, 32, 64),
         ["kernel"],
     ),
     "Dense 1024 -> 1024, batch 32": (lambda: keras.layers.Dense(1024), (32, 1024), ["kernel"]),
