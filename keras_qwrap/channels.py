@@ -101,15 +101,12 @@ def check_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_channel_axis(channel_axis: Any) -> tuple[int, ...]:
+def check_channel_axis(channel_axis: Any, name: str = "channel_axis") -> tuple[int, ...]:
     """`channel_axis`, an int or several, as a tuple of ints."""
     axes = channel_axis if isinstance(channel_axis, (list, tuple)) else (channel_axis,)
     if not axes or any(isinstance(a, bool) or not isinstance(a, (int, np.integer)) for a in axes):
         raise bad_type(
-            "channel_axis",
-            channel_axis,
-            "an int or a tuple of ints",
-            "Name the axes that are kept.",
+            name, channel_axis, "an int or a tuple of ints", "Name the axes that are kept."
         )
     return tuple(int(axis) for axis in axes)
 

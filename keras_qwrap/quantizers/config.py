@@ -145,7 +145,9 @@ class TrainableQuantizerWeightsConfig:
             "enable_weights_quantization": check_bool(
                 "enable_weights_quantization", self.enable_weights_quantization
             ),
-            "weights_channels_axis": check_channel_axis(self.weights_channels_axis),
+            "weights_channels_axis": check_channel_axis(
+                self.weights_channels_axis, "weights_channels_axis"
+            ),
             "weights_per_channel_threshold": check_bool(
                 "weights_per_channel_threshold", self.weights_per_channel_threshold
             ),
