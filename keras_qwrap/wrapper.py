@@ -357,7 +357,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
             twin = inferable_twin(quantizer)
             weight = ops.convert_to_numpy(read(variable))
             codes[path] = (twin.quantize_to_codes(weight), twin.scale, twin.zero_point)
-            if self.converted and not np.array_equal(twin.dequantize(codes[path][0]), weight):
+            on_grid = ops.cast(twin.dequantize(codes[path][0]), variable.dtype)
+            if self.converted and not np.array_equal(ops.convert_to_numpy(on_grid), weight):
                 raise ValueError(
                     f"get_codes: received a weight '{path}' of converted layer '{self.name}' that "
                     "is not on its grid, expected one that conversion wrote. It was assigned "
