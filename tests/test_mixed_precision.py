@@ -1,0 +1,130 @@
+"""Dtype policies: the layer keeps its own, quantizers compute in float32."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from layer_cases import activation, floats, weight
+
+import keras_qwrap as qi
+
+Wrapper = qi.KerasQuantizationWrapper
+
+
+def to_numpy(tensor):
+    return np.array(ops.convert_to_numpy(tensor))
+
+
+@pytest.fixture
+def global_policy():
+    """Sets Keras' global policy, and puts it back."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+def reference(kernel, bits):
+    """Codes and scale per column, float32 arithmetic, in numpy."""
+    highest = 2 ** (bits - 1) - 1
+    scale = np.abs(kernel).max(0, keepdims=True) * np.float32(1 / highest)
+    return np.round(kernel / scale).astype(np.int32), scale
+
+
+def model_of(policy=None):
+    def quantized(layer, path):
+        return Wrapper(layer, {path: weight(8)}, activation(8.0))
+
+    return keras.Sequential(
+        [
+            keras.Input((8, 6)),
+            quantized(layers.Conv1D(8, 3, activation="relu", dtype=policy), "kernel"),
+            quantized(layers.GRU(4, dtype=policy), "cell/kernel"),
+            quantized(layers.Dense(2, dtype=policy), "kernel"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("globally", [False, True])
+def test_mixed_policies_train_save_and_reload(policy, globally, global_policy, tmp_path):
+    if globally:
+        global_policy(policy)
+    model = model_of(None if globally else policy)
+    assert [layer.layer.dtype_policy.name for layer in model.layers] == [policy] * 3
+    assert all(layer.dtype_policy.name == "float32" for layer in model.layers)
+    assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
+    model.compile(keras.optimizers.SGD(0.05), "mse", jit_compile=False)
+    x = floats(8, 8, 6)
+    before = model.get_weights()
+    losses = model.fit(x, floats(8, 2), epochs=3, verbose=0).history["loss"]
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < losses[0]
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+    moved = [not np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)]
+    assert sum(moved) >= 5
+    expected = to_numpy(ops.cast(model(x), "float32"))
+    converted = qi.convert_to_inferable(model)
+    for name, each in (("trained", model), ("converted", converted)):
+        each.save(tmp_path / f"{name}.keras")
+        reloaded = keras.models.load_model(tmp_path / f"{name}.keras", compile=False)
+        for model_ in (each, reloaded):
+            np.testing.assert_array_equal(to_numpy(ops.cast(model_(x), "float32")), expected)
+    for layer, twin in zip(model.layers, reloaded.layers, strict=True):
+        for path, codes in layer.get_codes().items():
+            np.testing.assert_array_equal(twin.get_codes()[path][0], codes[0])
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_codes_are_those_of_float32_arithmetic(policy):
+    """And the layer computes with them rounded to its compute dtype, nothing else."""
+    kernel = floats(64, 32)
+    wrapper = Wrapper(layers.Dense(32, use_bias=False, dtype=policy), {"kernel": weight(8)})
+    wrapper.build((None, 64))
+    wrapper.latent_weight("kernel").assign(kernel)
+    codes, scale = reference(kernel, 8)
+    got, got_scale, _ = wrapper.get_codes()["kernel"]
+    np.testing.assert_array_equal(got, codes)
+    np.testing.assert_array_equal(got_scale, scale)
+    compute = policy.removeprefix("mixed_")
+    outputs = wrapper(ops.cast(np.eye(64), compute))
+    assert keras.backend.standardize_dtype(outputs.dtype) == compute
+    wanted = ops.cast(ops.cast(codes * scale, compute), "float32")
+    np.testing.assert_array_equal(to_numpy(ops.cast(outputs, "float32")), to_numpy(wanted))
+
+
+@pytest.mark.parametrize(
+    "policy", ["float16", "bfloat16", pytest.param("float64", marks=pytest.mark.tensorflow)]
+)
+def test_pure_policies_of_a_dense_layer(policy, tmp_path):
+    """The weight is stored in the policy's dtype and quantized in float32.
+
+    JAX has no float64 by default.
+    """
+    kernel = floats(16, 8)
+    wrapper = Wrapper(layers.Dense(8, use_bias=False, dtype=policy), {"kernel": weight(6)})
+    wrapper.build((None, 16))
+    latent = wrapper.latent_weight("kernel")
+    latent.assign(ops.cast(kernel, policy))
+    assert latent.dtype == policy
+    stored = to_numpy(ops.cast(ops.convert_to_tensor(latent), "float32"))
+    codes, scale = reference(stored, 6)
+    np.testing.assert_array_equal(wrapper.get_codes()["kernel"][0], codes)
+    outputs = wrapper(ops.cast(np.eye(16), policy))
+    assert keras.backend.standardize_dtype(outputs.dtype) == policy
+    wanted = to_numpy(ops.cast(ops.cast(codes * scale, policy), "float32"))
+    np.testing.assert_array_equal(to_numpy(ops.cast(outputs, "float32")), wanted)
+    model = keras.Sequential([keras.Input((16,)), wrapper])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(floats(4, 16), floats(4, 8), verbose=0)
+    assert np.all(np.isfinite(to_numpy(ops.cast(ops.convert_to_tensor(latent), "float32"))))
+    converted = qi.convert_to_inferable(model)
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    for first, second in zip(
+        wrapper.get_codes()["kernel"], converted.layers[0].get_codes()["kernel"], strict=True
+    ):
+        np.testing.assert_array_equal(first, second)
+    x = floats(2, 16)
+    expected = to_numpy(ops.cast(model(x), "float32"))
+    for each in (converted, reloaded):
+        np.testing.assert_array_equal(to_numpy(ops.cast(each(x), "float32")), expected)
