@@ -98,7 +98,7 @@ def test_codes_are_those_of_float32_arithmetic(policy):
 def test_pure_policies_of_a_dense_layer(policy, tmp_path):
     """The weight is stored in the policy's dtype and quantized in float32.
 
-    JAX has no float64 by default.
+    JAX has no float64 by default, and products of float64 are float32 on torch, unwrapped too.
     """
     kernel = floats(16, 8)
     wrapper = Wrapper(layers.Dense(8, use_bias=False, dtype=policy), {"kernel": weight(6)})
