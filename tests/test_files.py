@@ -301,3 +301,57 @@ def test_an_interruption_is_not_swallowed(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(keras.models, "load_model", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         qi.keras_load_quantized_model(path)
+
+
+def edit_config(path, edit):
+    """Apply `edit` to every dictionary in the model's config that holds a format version."""
+
+    def walk(value):
+        if isinstance(value, dict):
+            if "format_version" in value:
+                edit(value)
+            for child in value.values():
+                walk(child)
+        elif isinstance(value, list):
+            for child in value:
+                walk(child)
+        return value
+
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = json.dumps(walk(json.loads(file.attrs["model_config"])))
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["config.json"] = json.dumps(walk(json.loads(members["config.json"])))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+VERSIONED = {
+    "wrapper": lambda: small_model().layers[0],
+    "holder": lambda: qi.KerasActivationQuantizationHolder(
+        qi.ActivationPOTInferableQuantizer(8, 2.0, signed=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("kind", VERSIONED)
+def test_the_format_version_is_checked(kind, ending, tmp_path):
+    path = tmp_path / f"model.{ending}"
+    model = keras.Sequential([keras.Input((3,)), VERSIONED[kind]()])
+    model.save(path)
+    edit_config(path, lambda config: config.update(format_version=config["format_version"]))
+    assert qi.keras_load_quantized_model(path, compile=False).built
+    edit_config(path, lambda config: config.update(format_version=2))
+    with pytest.raises(ValueError, match=r"format_version: received 2 .*upgrade the package"):
+        qi.keras_load_quantized_model(path, compile=False)
+    for garbage in (None, 0, -1, True, 1.0, "1", [], {}):
+        edit_config(path, lambda config, value=garbage: config.update(format_version=value))
+        with pytest.raises(ValueError, match=r"format_version: received .*damaged or foreign"):
+            qi.keras_load_quantized_model(path, compile=False)
+    edit_config(path, lambda config: config.pop("format_version"))
+    with pytest.raises(ValueError, match="format_version: received None"):
+        qi.keras_load_quantized_model(path, compile=False)
