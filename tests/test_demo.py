@@ -202,8 +202,9 @@ def test_status_is_1_if_a_file_gives_other_outputs(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.tensorflow
 def test_demo(tmp_path):
-    """The README's first command, as a user types it."""
+    """The README's first command, as a user types it, with accuracies on TensorFlow's kernels."""
     done = subprocess.run(
         [sys.executable, "-m", "keras_qwrap", "demo", "--output", str(tmp_path)],
         capture_output=True,
