@@ -225,3 +225,34 @@ def test_demo(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.h5", "model.keras"]
     for line in ("Training in float", "Training with quantization"):
         assert line in done.stdout
+
+
+def trained_and_converted() -> tuple[keras.Model, keras.Model]:
+    ranges = dict.fromkeys(demo.QUANTIZED_TENSORS, (0.0, 1.0))
+    quantized = demo.build_model(demo.Quantization(8, ranges))
+    quantized.compile(keras.optimizers.Adam(), "mse")
+    quantized.fit(np.ones((2, 8, 8, 1)), np.ones((2, 10)), verbose=0)
+    return quantized, qi.convert_to_inferable(quantized)
+
+
+def test_training_goes_past_converted_weights():
+    """Training the converted model must not move weights off their grid."""
+    _, converted = trained_and_converted()
+    before = demo.collect_codes(converted)
+    trainable = {id(variable) for variable in converted.trainable_variables}
+    for layer in converted.layers:
+        if isinstance(layer, qi.KerasQuantizationWrapper) and layer.is_weights_quantization:
+            assert id(layer.latent_weight("kernel")) not in trainable
+    converted.compile(keras.optimizers.Adam(), "mse")
+    converted.fit(np.ones((2, 8, 8, 1)), np.ones((2, 10)), verbose=0)
+    after = demo.collect_codes(converted)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_converted_file_is_little_larger_than_the_float_one(tmp_path):
+    """Keras needs 5 to 7 kB for each wrapped layer; a weight stored twice needs 160 kB."""
+    _, converted = trained_and_converted()
+    demo.build_model().save(tmp_path / "float.keras")
+    converted.save(tmp_path / "converted.keras")
+    sizes = [(tmp_path / f"{name}.keras").stat().st_size for name in ("float", "converted")]
+    assert sizes[1] < sizes[0] + 100_000
