@@ -132,7 +132,6 @@ class Case:
     weights: dict[str, Any] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
     call: dict[str, Any] = field(default_factory=dict)
-    slow: bool = False
 
 
 IMAGE, VIDEO, SERIES, FLAT = (2, 5, 5, 3), (1, 4, 4, 4, 2), (2, 4, 3), (3, 5)
