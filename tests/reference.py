@@ -7,11 +7,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from keras import ops
 
 BACKEND = keras.backend.backend()
+FEWER = settings(max_examples=15 if BACKEND == "jax" else 50)
+"""For tests that JAX compiles anew for each example."""
+
 FLOATS = st.floats(width=32)
 MODERATE = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 

@@ -5,10 +5,11 @@ import json
 import keras
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from keras import ops
 from reference import (
+    FEWER,
     MODERATE,
     arrays,
     dtype_of,
@@ -53,7 +54,7 @@ def integer_quantizers(draw, shape):
     return qi.WeightsSymmetricInferableQuantizer(bits, first, narrow=kind == "narrow", **channels)
 
 
-@settings(max_examples=100)
+@FEWER
 @given(arrays(), st.data())
 def test_every_output_is_the_value_of_a_code(x, data):
     """For NaN, infinities, subnormal and huge numbers, any width, axes and kind of grid."""
@@ -142,7 +143,7 @@ def test_each_channel_is_quantized_as_a_tensor_of_its_own(axis, random):
 
 
 @pytest.mark.parametrize("cls", [qi.WeightsLUTSymmetricInferableQuantizer])
-@settings(max_examples=60)
+@FEWER
 @given(
     x=arrays(MODERATE),
     table=st.lists(st.integers(-128, 127), min_size=1, max_size=8, unique=True),
@@ -154,7 +155,7 @@ def test_lookup_formula_of_weights(cls, x, table, threshold, width, eps):
     check_lookup(cls(3, table, threshold, False, None, None, width, eps), x, table, True)
 
 
-@settings(max_examples=60)
+@FEWER
 @given(
     x=arrays(MODERATE),
     table=st.lists(st.integers(0, 127), min_size=1, max_size=8, unique=True),

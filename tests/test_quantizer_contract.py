@@ -128,7 +128,7 @@ def always_float32(self, x):
 
 
 def no_gradient(self, x):
-    return keras.ops.stop_gradient(Broken.__call__(self, x))
+    return keras.ops.stop_gradient(Broken.__call__(self, x)) + x * 0.0
 
 
 def a_threshold_more(self):
@@ -142,7 +142,7 @@ def a_threshold_more(self):
         ({"quantize_to_codes": other_codes}, "outputs are the values of their codes"),
         ({"quantize_to_codes": wide_codes}, "codes fit into 4 bits"),
         ({"__call__": always_float32}, "the output's dtype is the input's"),
-        ({"__call__": no_gradient}, "training moves|No gradients"),
+        ({"__call__": no_gradient}, "training moves"),
         ({"get_config": a_threshold_more}, "config"),
     ],
     ids=lambda value: str(value)[:40],
@@ -150,5 +150,5 @@ def a_threshold_more(self):
 def test_a_broken_promise_is_found(members, promise, random):
     """The check itself must be able to fail."""
     quantizer = breaking(**members)(4, 2.0, False)
-    with pytest.raises((AssertionError, ValueError), match=promise):
+    with pytest.raises(AssertionError, match=promise):
         check_quantizer(quantizer, inputs(random))

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
 from reference import (
+    FEWER,
     arrays,
     gradient,
     in_every_mode,
@@ -52,7 +53,7 @@ def symmetric_step(weight, kept, bits, floor=FLOOR):
     return top * np.float32(1 / (2 ** (bits - 1) - 1))
 
 
-@settings(max_examples=50)
+@FEWER
 @given(WEIGHTS, BITS, st.data())
 def test_symmetric_step_and_codes(weight, bits, data):
     """`max|w| * float32(1 / (2**(b-1) - 1))`, the narrow grid, whose last code is reached."""
@@ -76,7 +77,7 @@ def power_of_two_at_least(number):
     return np.float32(np.ldexp(1.0, exponent - (mantissa == 0.5)))
 
 
-@settings(max_examples=50)
+@FEWER
 @given(WEIGHTS, BITS)
 def test_power_of_two_step(weight, bits):
     quantizer, _ = hosted(POT, bits, weight)
@@ -104,7 +105,7 @@ def test_power_of_two_is_found_exactly_next_to_powers_of_two(bits):
             same(threshold, np.float32([wanted]))
 
 
-@settings(max_examples=50)
+@FEWER
 @given(WEIGHTS, BITS, st.data())
 def test_uniform_step_zero_point_and_codes(weight, bits, data):
     """From the smallest to the largest weight, zero included; clipped by half a step at most."""
