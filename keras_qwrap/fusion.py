@@ -3,11 +3,10 @@
 import functools
 import platform
 from collections.abc import Callable
-from typing import Any
 
 import keras
 
-Tensor = Any
+from keras_qwrap.tensors import Tensor
 
 SMALLEST_FUSED = 2**16
 """Number of elements from which one compiled kernel is worth its launch."""

@@ -6,14 +6,15 @@ import keras
 
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
+    FORMAT_VERSION,
     Quantizer,
     QuantizingLayer,
-    Tensor,
+    check_format_version,
     copy_quantizer,
     inferable_twin,
     serialize_quantizer,
 )
-from keras_qwrap.wrapper import FORMAT_VERSION, check_format_version
+from keras_qwrap.tensors import Tensor
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

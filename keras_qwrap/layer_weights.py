@@ -7,6 +7,7 @@ import keras
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import sublayers
+from keras_qwrap.tensors import to_numpy
 
 ALIASES = {
     "MultiHeadAttention": {
@@ -169,3 +170,19 @@ def check_supported(layer: keras.Layer) -> None:
                 "a float layer",
                 "Wrap the layer before Keras' own `quantize` was called, or leave it as it is.",
             )
+
+
+def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
+    """Assign every variable of `source`, seed states included, to its counterpart in `target`."""
+    pairs = list(zip(source.variables, target.variables, strict=False))
+    shapes_differ = any(tuple(a.shape) != tuple(b.shape) for a, b in pairs)
+    if len(source.variables) != len(target.variables) or shapes_differ:
+        raise bad_value(
+            "layer",
+            [tuple(v.shape) for v in target.variables],
+            f"variables of shapes {[tuple(v.shape) for v in source.variables]} in a copy of "
+            f"layer '{source.name}' made from its config",
+            "Let the layer's `get_config` return every argument that shapes its variables.",
+        )
+    for a, b in pairs:
+        b.assign(to_numpy(a).copy())

@@ -6,9 +6,9 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.layer_weights import copy_variables
 from keras_qwrap.quantizing_layer import QuantizingLayer
 from keras_qwrap.substitution import sublayers
-from keras_qwrap.wrapper import copy_variables
 
 
 def convert_to_inferable(model: keras.Model) -> keras.Model:

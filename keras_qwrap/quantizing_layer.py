@@ -13,9 +13,12 @@ from keras_qwrap.quantizers.base import (
     check_config_is_complete,
 )
 from keras_qwrap.quantizers.config import QuantizationTarget
+from keras_qwrap.tensors import Tensor
 
-Tensor = Any
 Quantizer = BaseKerasTrainableQuantizer | BaseKerasInferableQuantizer
+
+FORMAT_VERSION = 1
+"""Version of the wrapper's and the holder's config; files of a newer one are refused."""
 
 _KERAS_2_ORDER = ("name", "shape", "dtype", "initializer", "regularizer", "trainable", "constraint")
 _KERAS_3_ORDER = ("shape", "initializer", "dtype")
@@ -169,4 +172,22 @@ def serialize_quantizer(quantizer: Quantizer) -> dict:
 def _checked_config(quantizer: Quantizer) -> dict:
     config = quantizer.get_config()
     check_config_is_complete(quantizer, config)
+    return config
+
+
+def check_format_version(config: dict) -> dict:
+    """`config` without its format version, refused if a newer package wrote it."""
+    config = dict(config)
+    version = config.pop("format_version", None)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise bad_value(
+            "format_version", version, "a whole number from 1", "The config is damaged or foreign."
+        )
+    if version > FORMAT_VERSION:
+        raise bad_value(
+            "format_version",
+            version,
+            f"at most {FORMAT_VERSION}",
+            "A newer keras_qwrap wrote this; upgrade the package to read it.",
+        )
     return config

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-Tensor = Any
+from keras_qwrap.tensors import Tensor
+
 Axes = tuple[int, ...] | None
 
 _POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)

@@ -12,8 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.fusion import fused
-
-Tensor = Any
+from keras_qwrap.tensors import Tensor, float_tensor
 
 
 def fake_quantize(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def fake_quantize(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> 
     print(np.asarray(y))  # [ 0.5 -4.   3.5]
     ```
     """
-    x = ops.convert_to_tensor(x)
+    x = float_tensor(x)
     return _clipped(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, lowest, highest)))
 
 
@@ -68,7 +67,7 @@ def fake_quantize_unclipped(x: Tensor, scale: Tensor) -> Tensor:
     print(np.asarray(fake_quantize_unclipped(np.float32([0.3, -0.9]), 0.25)))  # [ 0.25 -1.  ]
     ```
     """
-    x = ops.convert_to_tensor(x)
+    x = float_tensor(x)
     return _unclipped(x, ops.convert_to_tensor(scale, dtype=x.dtype))
 
 
@@ -89,7 +88,7 @@ def fake_quantize_covered(x: Tensor, scale: Tensor, lowest: Tensor, highest: Ten
     print(np.asarray(fake_quantize_covered(np.float32([0.3, 3.5]), 1.0, 0, 3)))  # [0. 3.]
     ```
     """
-    x = ops.convert_to_tensor(x)
+    x = float_tensor(x)
     return _covered(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, lowest, highest)))
 
 
@@ -139,7 +138,7 @@ def fake_lookup(
         found = ops.reshape(ops.take(values, index, axis=0), ops.shape(clipped))
         return ops.multiply(ops.where(ops.isnan(clipped), clipped, found), scale), grad
 
-    x = ops.convert_to_tensor(x)
+    x = float_tensor(x)
     return look_up(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, divisor)))
 
 

@@ -7,7 +7,8 @@ import keras
 from keras.src import backend
 from keras.src.utils.python_utils import is_default
 
-Tensor = Any
+from keras_qwrap.tensors import Tensor
+
 Replacements = Sequence[tuple[keras.Variable, Callable[[], Tensor]]]
 
 
@@ -63,12 +64,6 @@ def call_with(
     with _Overlay(replacements) as overlay:
         outputs = layer(*args, **kwargs)
     return outputs, overlay.losses
-
-
-def read(variable: keras.Variable) -> Tensor:
-    """The present value of a variable as a tensor, never as the backend's own variable."""
-    value = variable.value
-    return value.read_value() if hasattr(value, "read_value") else value
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:

@@ -23,6 +23,7 @@ from keras_qwrap.quantizing_layer import (
     inferable_twin,
     serialize_quantizer,
 )
+from keras_qwrap.tensors import to_numpy
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -61,14 +62,14 @@ def check_quantizer(
     _check_config(quantizer)
     layer = _host(quantizer, inputs)
     hosted = _hosted_quantizer(layer)
-    expected = _to_numpy(hosted(ops.convert_to_tensor(inputs)))
+    expected = to_numpy(hosted(ops.convert_to_tensor(inputs)))
     _equal(expected.shape, inputs.shape, "the output's shape is the input's")
     codes = hosted.quantize_to_codes(inputs)
     highest = 2**hosted.num_bits
     _holds(np.ptp(codes) < highest, f"codes fit into {hosted.num_bits} bits")
     _equal(hosted.dequantize(codes), expected, "outputs are the values of their codes")
     if idempotent:
-        again = _to_numpy(inferable_twin(hosted)(ops.convert_to_tensor(expected)))
+        again = to_numpy(inferable_twin(hosted)(ops.convert_to_tensor(expected)))
         _equal(again, expected, "quantizing again on the same grid changes nothing")
     for dtype in ("float16", "bfloat16"):
         output = hosted(ops.cast(inputs, dtype))
@@ -141,11 +142,11 @@ def _check_hosted(layer: Any, inputs: np.ndarray, expected: np.ndarray, seed: in
     expected = expected[None] if is_wrapper else expected
     converted = layer.convert_to_inferable_quantizers()
     for name, each in (("trainable", layer), ("converted", converted)):
-        _equal(_to_numpy(each(fed)), expected, f"the {name} layer gives the same")
+        _equal(to_numpy(each(fed)), expected, f"the {name} layer gives the same")
         for jit_compile in _jit_choices():
             function = _compiled(each, fed.shape, jit_compile)
             what = f"the {name} layer gives the same compiled (jit_compile={jit_compile})"
-            _equal(_to_numpy(function(fed)), expected, what)
+            _equal(to_numpy(function(fed)), expected, what)
     twin = inferable_twin(_hosted_quantizer(converted))
     _holds(isinstance(twin, BaseKerasInferableQuantizer), "conversion gives inferable quantizers")
     if not is_wrapper:
@@ -171,14 +172,14 @@ def _compiled(layer: Any, shape: tuple, jit_compile: bool) -> Any:
 def _moves(model: keras.Model, inputs: Any, variables: list[keras.Variable], seed: int) -> None:
     """One training step changes every one of `variables`."""
     keras.utils.set_random_seed(seed)
-    before = [_to_numpy(variable).copy() for variable in variables]
+    before = [to_numpy(variable).copy() for variable in variables]
     random = np.random.default_rng(seed)
     targets = tree.map_structure(lambda y: random.normal(size=np.shape(y)), model(inputs))
     losses = tree.map_structure(lambda _: "mse", targets)
     model.compile(keras.optimizers.SGD(0.5), losses)
     model.fit(inputs, targets, epochs=1, verbose=0)
     for variable, old in zip(variables, before, strict=True):
-        _holds(not np.array_equal(_to_numpy(variable), old), f"training moves {variable.path}")
+        _holds(not np.array_equal(to_numpy(variable), old), f"training moves {variable.path}")
 
 
 def check_wrapper(
@@ -235,7 +236,7 @@ def check_wrapper(
         {path: copy_quantizer(quantizer) for path, quantizer in weights_quantizers.items()},
         [copy_quantizer(quantizer) for quantizer in activation_quantizers],
     )
-    expected = tree.map_structure(_to_numpy, wrapper(*inputs, **call_kwargs))
+    expected = tree.map_structure(to_numpy, wrapper(*inputs, **call_kwargs))
     _check_against_bare(layer, wrapper, inputs, call_kwargs, expected)
     model = _functional(wrapper, inputs, call_kwargs)
     inputs = [*inputs, *(v for v in call_kwargs.values() if isinstance(v, np.ndarray))]
@@ -243,7 +244,7 @@ def check_wrapper(
     if model.trainable_variables:
         moved = [wrapper.latent_weight(path) for path in weights_quantizers]
         _moves(model, list(inputs), moved, seed)
-    expected = tree.map_structure(_to_numpy, model(list(inputs)))
+    expected = tree.map_structure(to_numpy, model(list(inputs)))
     converted = convert_to_inferable(model)
     again = convert_to_inferable(converted)
     for what, each in (("the", model), ("the converted", converted), ("the reconverted", again)):
@@ -263,7 +264,7 @@ def _snapshot(layer: keras.Layer, weights: Mapping, activations: Sequence) -> tu
     return (
         json.dumps(layer.get_config(), default=str),
         sorted(vars(layer)),
-        [_to_numpy(variable).tolist() for variable in layer.variables],
+        [to_numpy(variable).tolist() for variable in layer.variables],
         [json.dumps(q.get_config()) for q in (*weights.values(), *activations)],
     )
 
@@ -281,12 +282,12 @@ def _check_against_bare(
     quantized = wrapper.get_quantized_weights()
     replaced = {id(wrapper.latent_weight(path)): value for path, value in quantized.items()}
     for mine, theirs in zip(wrapper.layer.variables, bare.variables, strict=True):
-        theirs.assign(replaced.get(id(mine), _to_numpy(mine)))
+        theirs.assign(replaced.get(id(mine), to_numpy(mine)))
     outputs = tree.flatten(bare(*inputs, **call_kwargs))
     for i, quantizer in enumerate(wrapper.activation_quantizers):
         outputs[i] = inferable_twin(quantizer)(outputs[i])
     for got, wanted in zip(tree.flatten(expected), outputs, strict=True):
-        _equal(got, _to_numpy(wanted), "the output is the bare layer's with quantized weights")
+        _equal(got, to_numpy(wanted), "the output is the bare layer's with quantized weights")
     for path, (codes, scale, zero_point) in wrapper.get_codes().items():
         twin = inferable_twin(wrapper.weights_quantizers[path])
         _equal(twin.dequantize(codes), quantized[path], f"'{path}' is the values of its codes")
@@ -311,7 +312,7 @@ def _input_like(array: Any) -> keras.KerasTensor:
 
 def _check_model(model: keras.Model, inputs: Sequence, expected: Any, what: str) -> None:
     for got, wanted in zip(tree.flatten(model(list(inputs))), tree.flatten(expected), strict=True):
-        _equal(_to_numpy(got), wanted, f"{what} gives the same outputs")
+        _equal(to_numpy(got), wanted, f"{what} gives the same outputs")
 
 
 def _predict(model: keras.Model, inputs: Sequence) -> list[np.ndarray]:
@@ -325,10 +326,6 @@ def _reload(model: keras.Model, ending: str) -> keras.Model:
         path = os.path.join(folder, f"model.{ending}")
         model.save(path)
         return keras.models.load_model(path, compile=False)
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    return ops.convert_to_numpy(tensor)
 
 
 def _holds(condition: bool, promise: str) -> None:

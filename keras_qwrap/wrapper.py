@@ -8,39 +8,21 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.layer_weights import check_supported, find_weight
+from keras_qwrap.layer_weights import check_supported, copy_variables, find_weight
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
+    FORMAT_VERSION,
     Quantizer,
     QuantizingLayer,
-    Tensor,
+    check_format_version,
     copy_quantizer,
     inferable_twin,
     serialize_quantizer,
 )
-from keras_qwrap.substitution import build_layer, call_with, read
-
-FORMAT_VERSION = 1
-"""Version of the wrapper's and the holder's config; files of a newer one are refused."""
-
-
-def check_format_version(config: dict) -> dict:
-    """`config` without its format version, refused if a newer package wrote it."""
-    config = dict(config)
-    version = config.pop("format_version", None)
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise bad_value(
-            "format_version", version, "a whole number from 1", "The config is damaged or foreign."
-        )
-    if version > FORMAT_VERSION:
-        raise bad_value(
-            "format_version",
-            version,
-            f"at most {FORMAT_VERSION}",
-            "A newer keras_qwrap wrote this; upgrade the package to read it.",
-        )
-    return config
+from keras_qwrap.substitution import build_layer, call_with
+from keras_qwrap.tensors import Tensor, read, to_numpy
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -102,36 +84,21 @@ class KerasQuantizationWrapper(QuantizingLayer):
         if not isinstance(layer, keras.Layer):
             raise bad_type("layer", layer, "a Keras layer", "Pass for example Dense(8).")
         self._layer_signature = inspect.signature(layer.call)
-        self.call = self._call_like(layer)
+        self._signature = with_training(self._layer_signature)
+        self.call = sign(lambda *args, **kwargs: self._call_layer(args, kwargs), self._signature)
         super().__init__(**{"name": layer.name, **kwargs})
-        _sign(self.build, inspect.signature(layer.build))
+        sign(self.build, inspect.signature(layer.build))
         self.layer = layer
         self.supports_masking = layer.supports_masking
         self.converted = bool(converted)
         self.weights_quantizers: dict[str, Quantizer] = {}
-        for path, quantizer in _as_mapping(weights_quantizers).items():
+        for path, quantizer in as_mapping(weights_quantizers).items():
             self.add_weights_quantizer(path, quantizer)
         self.activation_quantizers = [
             self._adopt(quantizer, QuantizationTarget.Activation, f"activation_quantizers[{i}]")
-            for i, quantizer in enumerate(_as_list(activation_quantizers))
+            for i, quantizer in enumerate(as_list(activation_quantizers))
         ]
-        self._quantized: list[tuple[str, keras.Variable]] = []
-        self._construction = _Construction()
-
-    def _call_like(self, layer: keras.Layer) -> Callable:
-        """A `call` with the wrapped layer's signature, by which Keras finds masks and shapes."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call_layer(args, kwargs)
-
-        parameters = list(self._layer_signature.parameters.values())
-        if "training" not in self._layer_signature.parameters:
-            training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
-            last = len(parameters)
-            if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-                last -= 1
-            parameters.insert(last, training)
-        return _sign(call, self._layer_signature.replace(parameters=parameters))
+        self._construction = Construction()
 
     def add_weights_quantizer(self, name: str, quantizer: Quantizer) -> None:
         """Quantize the weight at path `name` as well; possible until the wrapper is built.
@@ -196,10 +163,12 @@ class KerasQuantizationWrapper(QuantizingLayer):
             self._build_weight(path)
         if self.activation_quantizers:
             self._build_activations(example)
+        if self.converted and not self.trainable:
+            self.layer.trainable = False
 
     def _build_weight(self, path: str) -> None:
         variable = find_weight(self.layer, path)
-        for other, taken in self._quantized:
+        for other, taken in self._construction.quantized:
             if taken is variable:
                 raise bad_value(
                     "weights_quantizers",
@@ -207,7 +176,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
                     f"another weight than '{other}', which it names as well",
                     "Drop one of the two.",
                 )
-        self._quantized.append((path, variable))
+        self._construction.quantized.append((path, variable))
         self._initialize(
             self.weights_quantizers[path], tuple(variable.shape), path.replace("/", "_")
         )
@@ -236,13 +205,13 @@ class KerasQuantizationWrapper(QuantizingLayer):
 
     def latent_weight(self, name: str) -> keras.Variable:
         """The float variable of a quantized weight; `name` is its path, with `/` or `_`."""
-        for path, variable in self._quantized:
+        for path, variable in self._construction.quantized:
             if name in (path, path.replace("/", "_")):
                 return variable
         raise bad_value(
             "name",
             name,
-            f"one of {[path for path, _ in self._quantized]}",
+            f"one of {[path for path, _ in self._construction.quantized]}",
             "Build the layer first.",
         )
 
@@ -268,7 +237,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         return args, {key: value for key, value in kwargs.items() if key != "training"}
 
     def _call_layer(self, args: tuple, kwargs: dict) -> Any:
-        training = inspect.signature(self.call).bind(*args, **kwargs).arguments.get("training")
+        training = self._signature.bind(*args, **kwargs).arguments.get("training")
         args, kwargs = self._for_layer(args, kwargs)
         if self.converted:
             self._refuse_training(training)
@@ -332,14 +301,13 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def get_quantized_weights(self) -> dict[str, np.ndarray]:
         """`{path: quantized weight}`, float32, as the layer computes with them in inference."""
         self._require_built("get_quantized_weights")
-        return {
-            path: ops.convert_to_numpy(
-                read(variable)
-                if self.converted
-                else self._quantize(quantizer, read(variable), False)
-            ).astype(np.float32)
-            for path, quantizer, variable in self._enabled()
-        }
+        weights = {}
+        for path, quantizer, variable in self._enabled():
+            weight = read(variable)
+            if not self.converted:
+                weight = self._quantize(quantizer, weight, False)
+            weights[path] = to_numpy(weight).astype(np.float32)
+        return weights
 
     def get_codes(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """`{path: (codes, scale, zero_point)}`: int32, float32 and int32 arrays.
@@ -355,10 +323,10 @@ class KerasQuantizationWrapper(QuantizingLayer):
         codes = {}
         for path, quantizer, variable in self._enabled():
             twin = inferable_twin(quantizer)
-            weight = ops.convert_to_numpy(read(variable))
+            weight = to_numpy(variable)
             codes[path] = (twin.quantize_to_codes(weight), twin.scale, twin.zero_point)
             on_grid = ops.cast(twin.dequantize(codes[path][0]), variable.dtype)
-            if self.converted and not np.array_equal(ops.convert_to_numpy(on_grid), weight):
+            if self.converted and not np.array_equal(to_numpy(on_grid), weight):
                 raise ValueError(
                     f"get_codes: received a weight '{path}' of converted layer '{self.name}' that "
                     "is not on its grid, expected one that conversion wrote. It was assigned "
@@ -367,7 +335,9 @@ class KerasQuantizationWrapper(QuantizingLayer):
         return codes
 
     def _enabled(self) -> list[tuple[str, Quantizer, keras.Variable]]:
-        rows = [(path, self.weights_quantizers[path], v) for path, v in self._quantized]
+        rows = [
+            (path, self.weights_quantizers[path], v) for path, v in self._construction.quantized
+        ]
         return [row for row in rows if row[1].enabled]
 
     def _require_built(self, what: str) -> None:
@@ -432,82 +402,3 @@ class KerasQuantizationWrapper(QuantizingLayer):
         for name in ("layer", "weights_quantizers", "activation_quantizers"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
-
-
-def _sign(function: Any, signature: inspect.Signature) -> Callable:
-    """`function`, which Keras will inspect as having `signature`."""
-    function.__signature__ = signature
-    return function
-
-
-class _Construction:
-    """What the wrapper is built from; a plain object, whose contents Keras does not track."""
-
-    def __init__(self) -> None:
-        self.shapes: tuple[tuple, dict] | None = None
-        self.output_shapes: list[tuple] | None = None
-        self.call: tuple[tuple, dict] | None = None
-
-    def example(self) -> tuple[tuple, dict]:
-        """Arguments of a call, with symbolic tensors: the present call's, else of the shapes."""
-        if self.call is not None:
-            return tree.map_structure(_symbolic, self.call)
-        return _symbolic_arguments(*(self.shapes or ((), {})))
-
-
-def _symbolic(value: Any) -> Any:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return keras.KerasTensor(tuple(value.shape), keras.backend.standardize_dtype(value.dtype))
-    return value
-
-
-def _symbolic_arguments(shapes: tuple, named_shapes: dict) -> tuple[tuple, dict]:
-    """Call arguments, symbolic float tensors, from the shapes that `build` was given."""
-    if len(shapes) + len(named_shapes) == 1:
-        shapes, named_shapes = (*shapes, *named_shapes.values()), {}
-    args = tuple(_symbolic_tensors(shape) for shape in shapes)
-    kwargs = {
-        name.removesuffix("_shape"): _symbolic_tensors(shape)
-        for name, shape in named_shapes.items()
-        if shape is not None
-    }
-    return args, kwargs
-
-
-def _symbolic_tensors(shapes: Any) -> Any:
-    return tree.map_shape_structure(lambda shape: keras.KerasTensor(tuple(shape)), shapes)
-
-
-def _as_mapping(quantizers: Any) -> Mapping[str, Quantizer]:
-    if quantizers is None:
-        return {}
-    if not isinstance(quantizers, Mapping):
-        raise bad_type(
-            "weights_quantizers",
-            quantizers,
-            "a dictionary from weight path to quantizer",
-            "Pass for example {'kernel': quantizer}.",
-        )
-    return quantizers
-
-
-def _as_list(quantizers: Any) -> list:
-    if quantizers is None:
-        return []
-    return list(quantizers) if isinstance(quantizers, (list, tuple)) else [quantizers]
-
-
-def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
-    """Assign every variable of `source`, seed states included, to its counterpart in `target`."""
-    pairs = list(zip(source.variables, target.variables, strict=False))
-    shapes_differ = any(tuple(a.shape) != tuple(b.shape) for a, b in pairs)
-    if len(source.variables) != len(target.variables) or shapes_differ:
-        raise bad_value(
-            "layer",
-            [tuple(v.shape) for v in target.variables],
-            f"variables of shapes {[tuple(v.shape) for v in source.variables]} in a copy of "
-            f"layer '{source.name}' made from its config",
-            "Let the layer's `get_config` return every argument that shapes its variables.",
-        )
-    for a, b in pairs:
-        b.assign(np.array(ops.convert_to_numpy(read(a))))

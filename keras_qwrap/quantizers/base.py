@@ -16,8 +16,7 @@ from keras_qwrap.quantizers.config import (
     TrainableQuantizerWeightsConfig,
     check_member,
 )
-
-Tensor = Any
+from keras_qwrap.tensors import Tensor
 
 
 def mark_quantizer(
@@ -104,6 +103,28 @@ class BaseKerasInferableQuantizer:
     A subclass gives `__call__`, `get_config`, `num_bits`, `scale`, `zero_point`,
     `quantize_to_codes` and `dequantize`, and is marked with `mark_quantizer`. A subclass that
     reads variables overrides `initialize_quantization` as well.
+
+    Example (signs, with one threshold; only what a call and a saved file need):
+
+    ```python
+    import keras
+    import keras_qwrap as qi
+
+    @keras.saving.register_keras_serializable("my_package")
+    @qi.mark_quantizer(qi.QuantizationTarget.Activation, [qi.QuantizationMethod.SYMMETRIC])
+    class SignQuantizer(qi.BaseKerasInferableQuantizer):
+        def __init__(self, threshold):
+            self.threshold = threshold
+
+        def __call__(self, inputs):
+            return keras.ops.sign(inputs) * self.threshold
+
+        def get_config(self):
+            return {"threshold": self.threshold}
+
+    holder = qi.KerasActivationQuantizationHolder(SignQuantizer(0.5))
+    print(keras.ops.convert_to_numpy(holder(keras.ops.array([[-3.0, 2.0]]))))  # [[-0.5  0.5]]
+    ```
     """
 
     quantization_target: QuantizationTarget

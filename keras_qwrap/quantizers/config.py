@@ -23,14 +23,35 @@ _SMALLEST_MIN_THRESHOLD = 2.0**-110
 
 
 class QuantizationTarget(enum.Enum):
-    """What a quantizer quantizes."""
+    """What a quantizer quantizes.
+
+    Example:
+
+    ```python
+    import keras_qwrap as qi
+
+    print(qi.WeightsPOTInferableQuantizer.quantization_target is qi.QuantizationTarget.Weights)
+    ```
+    """
 
     Weights = "Weights"
     Activation = "Activation"
 
 
 class QuantizationMethod(enum.Enum):
-    """Which grid a quantizer maps onto."""
+    """Which grid a quantizer maps onto.
+
+    `POWER_OF_TWO` and `SYMMETRIC`: codes times a step, zero is code 0. `UNIFORM`: a range with a
+    zero point. `LUT_POT_QUANTIZER` and `LUT_SYM_QUANTIZER`: a table of values.
+
+    Example:
+
+    ```python
+    import keras_qwrap as qi
+
+    print([method.name for method in qi.WeightsPOTInferableQuantizer.quantization_method])
+    ```
+    """
 
     POWER_OF_TWO = "POWER_OF_TWO"
     SYMMETRIC = "SYMMETRIC"

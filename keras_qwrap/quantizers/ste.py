@@ -12,7 +12,6 @@ from keras_qwrap.errors import bad_value
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
     BaseKerasTrainableQuantizer,
-    Tensor,
     mark_quantizer,
 )
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
@@ -24,8 +23,8 @@ from keras_qwrap.quantizers.inferable import (
     WeightsSymmetricInferableQuantizer,
     WeightsUniformInferableQuantizer,
 )
-from keras_qwrap.quantizers.stored_range import float32_input
 from keras_qwrap.rounding import fake_quantize_covered, fake_quantize_unclipped
+from keras_qwrap.tensors import Tensor, float32_input, to_numpy
 
 
 def _check_keys(quantizer: Any, params: dict, known: set[str]) -> None:
@@ -125,7 +124,7 @@ class _STEWeights(_STEQuantizer):
         if self._range_is_given:
             return super().convert2inferable()
         channels = self._initialized(self._channels)
-        weight, _ = float32_input(ops.convert_to_numpy(self._weight))
+        weight, _ = float32_input(to_numpy(self._weight))
         return self._own_range_quantizer(
             weight, channels, self._channel_arguments(channels.rank or 0)
         )
@@ -210,7 +209,7 @@ class STEWeightQATQuantizer(_STEWeights):
     def _own_range_quantizer(
         self, weight: Tensor, channels: Channels, arguments: dict
     ) -> BaseKerasInferableQuantizer:
-        threshold = ops.convert_to_numpy(self._threshold(weight, channels))
+        threshold = to_numpy(self._threshold(weight, channels))
         bits = self.quantization_config.weights_n_bits
         return self._class()(bits, channels.gather(threshold), **arguments, narrow=True)
 
@@ -277,7 +276,7 @@ class STEUniformWeightQATQuantizer(_STEWeights):
     ) -> BaseKerasInferableQuantizer:
         config = self.quantization_config
         low, high = (
-            channels.gather(ops.convert_to_numpy(end))
+            channels.gather(to_numpy(end))
             for end in ranges.uniform_range(weight, channels.reduced, config.min_threshold)
         )
         return WeightsUniformInferableQuantizer(config.weights_n_bits, low, high, **arguments)

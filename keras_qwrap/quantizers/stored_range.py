@@ -3,28 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_qwrap import ranges
 from keras_qwrap.channels import Channels
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_value
 from keras_qwrap.grids import IntegerGrid, LookupGrid, check_num_bits, check_scale, float_array
-from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer, Tensor
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import QuantizationMethod
 from keras_qwrap.rounding import fake_lookup, fake_quantize
-
-
-def float32_input(inputs: Any) -> tuple[Tensor, str]:
-    """`inputs` as a float32 tensor, and the dtype it had; integers are refused."""
-    tensor = ops.convert_to_tensor(inputs)
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    if "float" not in dtype:
-        raise bad_type(
-            "inputs", dtype, "a float tensor", "Cast it to a float dtype, or do not quantize it."
-        )
-    return ops.cast(tensor, "float32"), dtype
+from keras_qwrap.tensors import Tensor, float32_input, read, to_numpy
 
 
 def check_threshold(name: str, threshold: Any) -> np.ndarray:
@@ -89,13 +78,13 @@ class RangeQuantizer(BaseKerasInferableQuantizer):
     def _tensor(self, role: str) -> Tensor:
         """A range for use in a computation."""
         if role in self.quantizer_parameters:
-            return self.quantizer_parameters[role].value
+            return read(self.quantizer_parameters[role])
         return self._constants[role]
 
     def _array(self, role: str) -> np.ndarray:
         """A range as float32 numbers."""
         if role in self.quantizer_parameters:
-            return ops.convert_to_numpy(ops.convert_to_tensor(self.quantizer_parameters[role]))
+            return to_numpy(self.quantizer_parameters[role])
         return self._constants[role]
 
     def _check_call(self, tensor: Tensor) -> None:
@@ -146,15 +135,10 @@ class IntegerQuantizer(RangeQuantizer):
         return np.asarray(self._derive(np, self._array)[1], dtype=np.int32)
 
     def quantize_to_codes(self, x: Any) -> np.ndarray:
-        return self._grid.encode(_to_numpy(x), self.scale, self.zero_point)
+        return self._grid.encode(to_numpy(float32_input(x)[0]), self.scale, self.zero_point)
 
     def dequantize(self, codes: Any) -> np.ndarray:
         return self._grid.decode(codes, self.scale, self.zero_point)
-
-
-def _to_numpy(x: Any) -> np.ndarray:
-    tensor, _ = float32_input(x)
-    return ops.convert_to_numpy(tensor)
 
 
 class SymmetricQuantizer(IntegerQuantizer):
@@ -243,7 +227,7 @@ class LookupQuantizer(RangeQuantizer):
         return np.zeros_like(self.scale, dtype=np.int32)
 
     def quantize_to_codes(self, x: Any) -> np.ndarray:
-        return self._grid.encode(_to_numpy(x), self._derive(self._array)[1])
+        return self._grid.encode(to_numpy(float32_input(x)[0]), self._derive(self._array)[1])
 
     def dequantize(self, codes: Any) -> np.ndarray:
         return self._grid.decode(codes, self.scale)

@@ -1,0 +1,94 @@
+"""What a wrapper is made from: its arguments, its layer's signature, and an example of a call."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from keras import tree
+
+from keras_qwrap.errors import bad_type
+
+
+def sign(function: Any, signature: inspect.Signature) -> Callable:
+    """`function`, which Keras will inspect as having `signature`."""
+    function.__signature__ = signature
+    return function
+
+
+def with_training(signature: inspect.Signature) -> inspect.Signature:
+    """`signature` with an argument `training`, by keyword, if it has none."""
+    if "training" in signature.parameters:
+        return signature
+    parameters = list(signature.parameters.values())
+    catch_all = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters.insert(len(parameters) - bool(catch_all), training)
+    return signature.replace(parameters=parameters)
+
+
+class Construction:
+    """How a wrapper is built: a plain object, since Keras would track, and save, what it holds.
+
+    Attributes:
+        shapes: the arguments that `build` was called with.
+        output_shapes: shapes of the wrapped layer's outputs, if they are quantized.
+        call: the arguments of the call that builds the wrapper, while it runs.
+        quantized: path and variable of each weight that has a quantizer.
+    """
+
+    def __init__(self) -> None:
+        self.shapes: tuple[tuple, dict] | None = None
+        self.output_shapes: list[tuple] | None = None
+        self.call: tuple[tuple, dict] | None = None
+        self.quantized: list[tuple[str, keras.Variable]] = []
+
+    def example(self) -> tuple[tuple, dict]:
+        """Arguments of a call, with symbolic tensors: the present call's, else of the shapes."""
+        if self.call is not None:
+            return tree.map_structure(_symbolic, self.call)
+        return _symbolic_arguments(*(self.shapes or ((), {})))
+
+
+def _symbolic(value: Any) -> Any:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return keras.KerasTensor(tuple(value.shape), keras.backend.standardize_dtype(value.dtype))
+    return value
+
+
+def _symbolic_arguments(shapes: tuple, named_shapes: dict) -> tuple[tuple, dict]:
+    """Call arguments, symbolic float tensors, from the shapes that `build` was given."""
+    if len(shapes) + len(named_shapes) == 1:
+        shapes, named_shapes = (*shapes, *named_shapes.values()), {}
+    args = tuple(_symbolic_tensors(shape) for shape in shapes)
+    kwargs = {
+        name.removesuffix("_shape"): _symbolic_tensors(shape)
+        for name, shape in named_shapes.items()
+        if shape is not None
+    }
+    return args, kwargs
+
+
+def _symbolic_tensors(shapes: Any) -> Any:
+    return tree.map_shape_structure(lambda shape: keras.KerasTensor(tuple(shape)), shapes)
+
+
+def as_mapping(quantizers: Any) -> Mapping[str, Any]:
+    """The quantizers of weights, by path."""
+    if quantizers is None:
+        return {}
+    if not isinstance(quantizers, Mapping):
+        raise bad_type(
+            "weights_quantizers",
+            quantizers,
+            "a dictionary from weight path to quantizer",
+            "Pass for example {'kernel': quantizer}.",
+        )
+    return quantizers
+
+
+def as_list(quantizers: Any) -> list:
+    """The quantizers of outputs; one stands for a list of one."""
+    if quantizers is None:
+        return []
+    return list(quantizers) if isinstance(quantizers, (list, tuple)) else [quantizers]
