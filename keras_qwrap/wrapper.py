@@ -188,10 +188,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
             specs = tree.flatten(self.layer.compute_output_spec(*args, **kwargs))
             shapes = self._construction.output_shapes = [tuple(spec.shape) for spec in specs]
         self._check_number_of_outputs(len(shapes))
-        for i, (quantizer, shape) in enumerate(
-            zip(self.activation_quantizers, shapes, strict=True)
-        ):
-            self._initialize(quantizer, tuple(shape), f"output_{i}")
+        for i, shape in enumerate(shapes):
+            self._initialize(self.activation_quantizers[i], tuple(shape), f"output_{i}")
 
     def _check_number_of_outputs(self, number: int) -> None:
         if number != len(self.activation_quantizers):
@@ -279,10 +277,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def _quantize_outputs(self, outputs: Any, training: Any) -> Any:
         flat = tree.flatten(outputs)
         self._check_number_of_outputs(len(flat))
-        quantized = [
-            self._quantize(quantizer, tensor, training)
-            for quantizer, tensor in zip(self.activation_quantizers, flat, strict=True)
-        ]
+        pairs = zip(self.activation_quantizers, flat, strict=True)
+        quantized = [self._quantize(quantizer, tensor, training) for quantizer, tensor in pairs]
         return tree.pack_sequence_as(outputs, quantized)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
