@@ -155,6 +155,13 @@ def test_a_flipped_bit_in_an_archive_is_refused_or_harmless(seed, model, saved, 
     assert harmless <= 5
 
 
+def test_damaged_weights_in_an_archive_are_found_before_anything_is_built(saved, tmp_path):
+    content, path = bytearray(saved["keras"]), tmp_path / "model.keras"
+    content[content.index(b"\x89HDF") + 1000] ^= 1
+    path.write_bytes(content)
+    refused(path, OSError, "'model.weights.h5' in it is damaged")
+
+
 def loaded_or_refused(path):
     try:
         return qi.keras_load_quantized_model(path, compile=False)

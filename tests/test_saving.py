@@ -1,6 +1,7 @@
 """Saving, loading and copying whole models: no bit changes, in any format."""
 
 import copy
+import json
 import pickle
 
 import keras
@@ -131,6 +132,16 @@ def same_outputs(model, copied, graph=False):
         assert np.array_equal(copied.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
+def descriptions(model):
+    """Of each wrapper and holder in a model: its config as JSON, and whether it is converted."""
+    if isinstance(model, keras.Model):
+        return [text for layer in model.layers for text in descriptions(layer)]
+    if isinstance(model, qi.KerasQuantizationWrapper):
+        return [(json.dumps(model.get_config()), model.converted)]
+    is_holder = isinstance(model, qi.KerasActivationQuantizationHolder)
+    return [(json.dumps(model.get_config()), None)] if is_holder else []
+
+
 def reload(model, path, **options):
     model.save(path)
     return qi.keras_load_quantized_model(path, compile=False, **options)
@@ -180,6 +191,7 @@ def test_a_copy_gives_the_same_outputs(name, how, models, tmp_path):
     copied = COPIES[how](model, tmp_path)
     assert copied is not model
     same_outputs(model, copied, graph=how == ".keras")
+    assert descriptions(copied) == descriptions(model) != []
     copied.set_weights([np.zeros(v.shape, v.dtype) for v in copied.weights])
     for variable, value in zip(model.variables, before, strict=True):
         assert np.array_equal(ops.convert_to_numpy(variable.value), value), "a variable is shared"
@@ -188,7 +200,9 @@ def test_a_copy_gives_the_same_outputs(name, how, models, tmp_path):
 @pytest.mark.parametrize("name", GRAPHS)
 def test_h5_gives_the_same_outputs(name, models, tmp_path):
     model = models[name]
-    same_outputs(model, reload(copy.deepcopy(model), tmp_path / "model.h5"), graph=True)
+    loaded = reload(copy.deepcopy(model), tmp_path / "model.h5")
+    same_outputs(model, loaded, graph=True)
+    assert descriptions(loaded) == descriptions(model)
 
 
 def test_h5_does_not_hold_a_subclassed_model(models, tmp_path):
@@ -317,7 +331,9 @@ def model_with(cls):
     lstm = wrap(keras.layers.LSTM(3, bias_initializer="normal", name="lstm"), quantizers)
     model = keras.Sequential([keras.Input(SHAPE), keras.layers.Reshape((4, 8)), lstm])
     for path, step in zip(quantizers, (0.07, 0.11, 0.13), strict=True):
-        quantizers[path].quantizer_parameters["step"].assign(step)
+        variable = quantizers[path].quantizer_parameters["step"]
+        assert variable.name == f"{path.replace('/', '_')}_step"
+        variable.assign(step)
     return model
 
 
