@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.fusion import fused
-from keras_qwrap.tensors import Tensor, float_tensor
+from keras_qwrap.tensors import Tensor, as_tensor, float_tensor
 
 
 def fake_quantize(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def fake_quantize(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> 
     ```
     """
     x = float_tensor(x)
-    return _clipped(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, lowest, highest)))
+    return _clipped(x, *(as_tensor(a, x.dtype) for a in (scale, lowest, highest)))
 
 
 def fake_quantize_unclipped(x: Tensor, scale: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def fake_quantize_covered(x: Tensor, scale: Tensor, lowest: Tensor, highest: Ten
     ```
     """
     x = float_tensor(x)
-    return _covered(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, lowest, highest)))
+    return _covered(x, *(as_tensor(a, x.dtype) for a in (scale, lowest, highest)))
 
 
 def fake_lookup(
@@ -139,7 +139,7 @@ def fake_lookup(
         return ops.multiply(ops.where(ops.isnan(clipped), clipped, found), scale), grad
 
     x = float_tensor(x)
-    return look_up(x, *(ops.convert_to_tensor(a, dtype=x.dtype) for a in (scale, divisor)))
+    return look_up(x, *(as_tensor(a, x.dtype) for a in (scale, divisor)))
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:

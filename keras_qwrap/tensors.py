@@ -22,9 +22,15 @@ def to_numpy(value: Any) -> np.ndarray:
     return ops.convert_to_numpy(read(value) if isinstance(value, keras.Variable) else value)
 
 
+def as_tensor(value: Any, dtype: str | None = None) -> Tensor:
+    """A variable, a tensor or numbers as a tensor."""
+    value = read(value) if isinstance(value, keras.Variable) else value
+    return ops.convert_to_tensor(value, dtype=dtype)
+
+
 def float_tensor(inputs: Any) -> Tensor:
     """`inputs` as a tensor of floats; integers are refused."""
-    tensor = ops.convert_to_tensor(inputs)
+    tensor = as_tensor(inputs)
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     if "float" not in dtype:
         raise bad_type(

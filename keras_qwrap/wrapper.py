@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.layer_weights import check_supported, copy_variables, find_weight
@@ -90,7 +91,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         sign(self.build, inspect.signature(layer.build))
         self.layer = layer
         self.supports_masking = layer.supports_masking
-        self.converted = bool(converted)
+        self.converted = check_bool("converted", converted)
         self.weights_quantizers: dict[str, Quantizer] = {}
         for path, quantizer in as_mapping(weights_quantizers).items():
             self.add_weights_quantizer(path, quantizer)

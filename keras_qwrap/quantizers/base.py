@@ -222,7 +222,7 @@ class BaseKerasTrainableQuantizer:
     wrapped = qi.KerasQuantizationWrapper(
         keras.layers.Dense(2), {"kernel": MyWeightQuantizer(config)}
     )
-    print(wrapped(keras.ops.ones((1, 3))).shape)  # (1, 2)
+    print(tuple(wrapped(keras.ops.ones((1, 3))).shape))  # (1, 2)
     ```
     """
 
