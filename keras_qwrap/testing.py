@@ -63,6 +63,9 @@ def check_quantizer(
     layer = _host(quantizer, inputs)
     hosted = _hosted_quantizer(layer)
     expected = to_numpy(hosted(ops.convert_to_tensor(inputs)))
+    if isinstance(quantizer, BaseKerasInferableQuantizer):
+        own = to_numpy(quantizer(ops.convert_to_tensor(inputs)))
+        _equal(own, expected, "a copy made from the config gives the same outputs")
     _equal(expected.shape, inputs.shape, "the output's shape is the input's")
     codes = hosted.quantize_to_codes(inputs)
     highest = 2**hosted.num_bits
@@ -174,10 +177,13 @@ def _moves(model: keras.Model, inputs: Any, variables: list[keras.Variable], see
     keras.utils.set_random_seed(seed)
     before = [to_numpy(variable).copy() for variable in variables]
     random = np.random.default_rng(seed)
-    targets = tree.map_structure(lambda y: random.normal(size=np.shape(y)), model(inputs))
+    targets = tree.map_structure(lambda y: to_numpy(y) + random.normal(size=y.shape), model(inputs))
     losses = tree.map_structure(lambda _: "mse", targets)
     model.compile(keras.optimizers.SGD(0.5), losses)
-    model.fit(inputs, targets, epochs=1, verbose=0)
+    try:
+        model.fit(inputs, targets, epochs=1, verbose=0)
+    except (ValueError, RuntimeError) as error:
+        raise AssertionError(f"broken: a training step runs; it failed with {error}") from error
     for variable, old in zip(variables, before, strict=True):
         _holds(not np.array_equal(to_numpy(variable), old), f"training moves {variable.path}")
 

@@ -95,7 +95,7 @@ class _STEWeights(_STEQuantizer):
         self._weight: Any = None
         if self._range_is_given:
             axes = self.quantization_config.weights_channels_axis
-            self._fixed_quantizer(max(axis + 1 if axis >= 0 else -axis for axis in axes))
+            self._fixed_quantizer(max(0, *axes) + 1 + max(0, *(-axis for axis in axes)))
 
     def _channel_arguments(self, rank: int) -> dict:
         config = self.quantization_config
@@ -148,7 +148,7 @@ class STEWeightQATQuantizer(_STEWeights):
     Without a threshold in the config, at every call `s = max(max|w|, min_threshold) * float32(1 /
     (2**(b-1) - 1))` over the axes that are not kept, for POWER_OF_TWO rounded up to a power of
     two, and `y = round_half_even(w / s) * s`: the narrow grid, nothing is clipped, gradient
-    `dw = dy`. No variable is created.
+    `dw = dy`. No variable is created. A NaN or an infinity makes its channel NaN.
 
     With a threshold it computes as `WeightsSymmetricInferableQuantizer` or
     `WeightsPOTInferableQuantizer`; gradient: upstream inside half a step around the range, else 0.
