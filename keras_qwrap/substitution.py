@@ -22,8 +22,7 @@ class _Overlay(keras.StatelessScope):
     def __init__(self, replacements: Replacements) -> None:
         self._renew = {id(variable): make for variable, make in replacements}
         super().__init__(
-            [(variable, _stand_in(variable, make())) for variable, make in replacements],
-            collect_losses=True,
+            [(variable, make()) for variable, make in replacements], collect_losses=True
         )
 
     def get_current_value(self, variable: keras.Variable) -> Tensor:
@@ -39,7 +38,7 @@ class _Overlay(keras.StatelessScope):
             variable.assign(value)
             if id(variable) in self._renew:
                 renewed = self._renew[id(variable)]()
-                self.state_mapping[id(variable)] = _stand_in(variable, renewed)
+                self.state_mapping[id(variable)] = backend.cast(renewed, variable.dtype)
         finally:
             self.__enter__()
 
@@ -49,17 +48,6 @@ class _Overlay(keras.StatelessScope):
             super().add_loss(loss)
         elif outer.collect_losses:
             outer.add_loss(loss)
-
-
-def _stand_in(variable: keras.Variable, tensor: Tensor) -> Tensor:
-    """`tensor` in the variable's dtype, requiring gradients where the variable does.
-
-    PyTorch sums the products of tensors that require gradients in another order, in inference too.
-    """
-    tensor = backend.cast(tensor, variable.dtype)
-    if getattr(variable.value, "requires_grad", False):
-        return tensor.requires_grad_()
-    return tensor
 
 
 def call_with(
