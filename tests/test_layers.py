@@ -5,7 +5,6 @@ from layer_cases import CASES
 
 from keras_qwrap.testing import check_wrapper
 
-
 ORDER_OF_SUMS = ("gru", "lstm_initial_state")
 """PyTorch sums a frozen layer's products with time-major inputs in another order than a trainable
 layer's, also without a wrapper, and a converted layer is frozen."""
