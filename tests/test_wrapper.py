@@ -314,3 +314,13 @@ def test_outputs_that_the_call_decides(method, tmp_path):
     kwargs = {"return_attention_scores": True} if method == "MultiHead" else {}
     for got, wanted in zip(converted(*x, **kwargs), expected, strict=True):
         np.testing.assert_array_equal(to_numpy(got), wanted)
+
+
+def test_a_reloaded_weight_is_found_by_the_same_path(tmp_path):
+    """The wrapper builds its layer in both cases, so that a layout by path fits in both."""
+    wrapper = wrapped_dense(name="conv")
+    model = keras.Sequential([keras.Input((4,)), wrapper])
+    model.save(tmp_path / "model.keras")
+    (again,) = keras.models.load_model(tmp_path / "model.keras").layers
+    assert wrapper.layer.kernel.path.endswith("conv/conv/kernel")
+    assert again.layer.kernel.path.endswith("conv/conv/kernel")
