@@ -1,7 +1,8 @@
 """`KerasQuantizationWrapper`: any Keras layer, with quantized weights and outputs."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -243,7 +244,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
             outputs = self.layer(*args, **kwargs)
         else:
             replacements = [
-                (variable, self._maker(quantizer, variable, training))
+                (variable, partial(self._quantized, quantizer, variable, training))
                 for _, quantizer, variable in self._enabled()
             ]
             outputs, losses = call_with(self.layer, replacements, args, kwargs)
@@ -251,21 +252,16 @@ class KerasQuantizationWrapper(QuantizingLayer):
                 self.add_loss(loss)
         return self._quantize_outputs(outputs, training) if self.activation_quantizers else outputs
 
-    def _maker(
-        self, quantizer: Quantizer, variable: keras.Variable, training: Any
-    ) -> Callable[[], Tensor]:
-        def make() -> Tensor:
-            quantized = self._quantize(quantizer, read(variable), training)
-            if tuple(quantized.shape) != tuple(variable.shape):
-                raise bad_value(
-                    type(quantizer).__name__,
-                    tuple(quantized.shape),
-                    f"a tensor of the weight's shape, {tuple(variable.shape)}",
-                    "A quantizer must keep the shape of its input.",
-                )
-            return quantized
-
-        return make
+    def _quantized(self, quantizer: Quantizer, variable: keras.Variable, training: Any) -> Tensor:
+        tensor = self._quantize(quantizer, read(variable), training)
+        if tuple(tensor.shape) != tuple(variable.shape):
+            raise bad_value(
+                type(quantizer).__name__,
+                tuple(tensor.shape),
+                f"a tensor of the weight's shape, {tuple(variable.shape)}",
+                "A quantizer must keep the shape of its input.",
+            )
+        return tensor
 
     def _refuse_training(self, training: Any) -> None:
         if self.trainable and self.weights_quantizers and training is True:
