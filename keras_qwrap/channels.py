@@ -59,7 +59,8 @@ class Channels:
                 name,
                 values.tolist(),
                 f"an array with {len(self.kept)} dimension(s), one for each channel axis",
-                "Pass one number for each channel.",
+                "Pass one for each channel, or per_channel=False for one range (in a config: "
+                "weights_per_channel_threshold=False).",
             )
         shape = [1] * (self.rank or 0)
         for axis, length in zip(self.kept, values.shape, strict=True):

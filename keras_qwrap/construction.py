@@ -32,22 +32,70 @@ class Construction:
 
     Attributes:
         shapes: the arguments that `build` was called with.
+        example: positional and keyword arguments of a call, with symbolic tensors.
         output_shapes: shapes of the wrapped layer's outputs, if they are quantized.
-        call: the arguments of the call that builds the wrapper, while it runs.
         quantized: path and variable of each weight that has a quantizer.
     """
 
     def __init__(self) -> None:
         self.shapes: tuple[tuple, dict] | None = None
+        self.example: tuple[tuple, dict] | None = None
         self.output_shapes: list[tuple] | None = None
-        self.call: tuple[tuple, dict] | None = None
         self.quantized: list[tuple[str, keras.Variable]] = []
 
-    def example(self) -> tuple[tuple, dict]:
-        """Arguments of a call, with symbolic tensors: the present call's, else of the shapes."""
-        if self.call is not None:
-            return tree.map_structure(_symbolic, self.call)
-        return _symbolic_arguments(*(self.shapes or ((), {})))
+    def see_call(self, args: tuple, kwargs: dict) -> None:
+        """Take the arguments of the first call as the example."""
+        self.example = tree.map_structure(_symbolic, (args, kwargs))
+
+    def see_shapes(self, args: tuple, kwargs: dict) -> None:
+        """Take the arguments of `build`, and an example from them if there is none."""
+        self.shapes = (args, kwargs)
+        self.example = self.example or _symbolic_arguments(args, kwargs)
+
+    def to_config(self) -> dict | None:
+        """Plain values, from which `from_config` restores all but `quantized`."""
+        if self.shapes is None:
+            return None
+        args, kwargs = self.shapes
+        call = [_plain(part) for part in self.example or ((), {})]
+        return {
+            "args": list(args),
+            "kwargs": dict(kwargs),
+            "call": call,
+            "output_shapes": self.output_shapes,
+        }
+
+    def from_config(self, config: dict) -> None:
+        """Restore what `to_config` gave; the layer is then built from `shapes`."""
+        self.shapes = (tuple(config["args"]), config["kwargs"])
+        args, kwargs = (_from_plain(part) for part in config["call"])
+        self.example = (tuple(args), kwargs)
+        self.output_shapes = config["output_shapes"]
+
+
+_TENSOR = "__keras_qwrap_tensor__"
+
+
+def _plain(value: Any) -> Any:
+    """A structure of symbolic tensors and plain values, for a config; None for other values."""
+    if isinstance(value, keras.KerasTensor):
+        return {_TENSOR: [list(value.shape), value.dtype]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_from_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        shape, dtype = value[_TENSOR]
+        return keras.KerasTensor(tuple(shape), dtype)
+    return {key: _from_plain(item) for key, item in value.items()}
 
 
 def _symbolic(value: Any) -> Any:

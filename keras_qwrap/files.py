@@ -88,7 +88,8 @@ def keras_load_quantized_model(
         raise kind(
             f"path: received '{path}', expected a model that Keras saved and can rebuild here. The "
             "file is damaged, was written by another version, or names classes that must be "
-            f"imported or passed as `custom_objects`; the reason was {_reason(error)}"
+            "imported or passed as `custom_objects`; compile=False leaves out loss, metrics and "
+            f"optimizer. The reason was {_reason(error)}"
         ) from error
 
 

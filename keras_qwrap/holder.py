@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_qwrap.errors import bad_value
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
     FORMAT_VERSION,
@@ -53,9 +54,12 @@ class KerasActivationQuantizationHolder(QuantizingLayer):
             QuantizationTarget.Activation,
             "activation_holder_quantizer",
         )
+        self._claim()
 
     def build(self, input_shape: tuple) -> None:
-        """Create the quantizer's variables."""
+        """Create the quantizer's variables; several inputs are refused."""
+        if any(isinstance(part, (list, tuple, dict)) for part in input_shape):
+            raise bad_value("inputs", input_shape, "one tensor", "Use a holder for each tensor.")
         self._initialize(self.activation_holder_quantizer, tuple(input_shape), "output_0")
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.substitution import sublayers
+from keras_qwrap.substitution import is_rematerialized, sublayers
 from keras_qwrap.tensors import to_numpy
 
 ALIASES = {
@@ -144,31 +144,69 @@ def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
     )
 
 
+def find_weights(layer: keras.Layer, paths: list[str]) -> list[tuple[str, keras.Variable]]:
+    """Each path with the variable that it names; two paths to one variable are refused."""
+    found: list[tuple[str, keras.Variable]] = []
+    for path in paths:
+        variable = find_weight(layer, path)
+        for other, taken in found:
+            if taken is variable:
+                raise bad_value(
+                    "weights_quantizers",
+                    path,
+                    f"another weight than '{other}', which it names as well",
+                    "Drop one of the two.",
+                )
+        found.append((path, variable))
+    return found
+
+
 def check_supported(layer: keras.Layer) -> None:
     """Refuse layers whose weights cannot be replaced, or would be replaced silently in part."""
     for inner in sublayers(layer):
         where = f"layer '{inner.name}'"
-        if hasattr(inner.call, "get_concrete_function"):
+        if _has_traced_function(inner):
             raise bad_value(
                 "layer",
                 where,
-                "a layer whose `call` is not a `tf.function`",
+                "a layer whose `call` and other methods are no `tf.function`",
                 "A traced function keeps the weights that it was traced with. Remove the "
                 "decorator; the whole model may be compiled instead.",
             )
+        if is_rematerialized(inner):
+            raise bad_value(
+                "layer",
+                where,
+                "a layer that is made outside a `keras.RematScope`",
+                "Rematerialization runs the layer again with its float weights.",
+            )
+    refuse_replaced_weights(layer)
+
+
+def _has_traced_function(layer: keras.Layer) -> bool:
+    members = [member for cls in type(layer).__mro__ for member in vars(cls).values()]
+    if not isinstance(layer, keras.Model):
+        members += vars(layer).values()
+    return any(hasattr(member, "get_concrete_function") for member in members)
+
+
+def refuse_replaced_weights(layer: keras.Layer) -> None:
+    """Refuse layers whose weights Keras' LoRA or quantization stands in for."""
+    for inner in sublayers(layer):
+        where = f"layer '{inner.name}'"
         if getattr(inner, "lora_enabled", False):
             raise bad_value(
                 "layer",
                 where,
                 "a layer without LoRA",
-                "Merge or remove the LoRA weights before wrapping.",
+                "Merge or remove LoRA's weights before wrapping; they would stay float.",
             )
         if getattr(inner, "quantization_mode", None) is not None:
             raise bad_value(
                 "layer",
                 f"{where} with quantization mode {inner.quantization_mode}",
                 "a float layer",
-                "Wrap the layer before Keras' own `quantize` was called, or leave it as it is.",
+                "Do not call Keras' own `quantize` on a layer that is wrapped.",
             )
 
 

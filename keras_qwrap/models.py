@@ -7,8 +7,7 @@ import keras
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.layer_weights import copy_variables
-from keras_qwrap.quantizing_layer import QuantizingLayer
-from keras_qwrap.substitution import sublayers
+from keras_qwrap.quantizing_layer import QuantizingLayer, refuse_inner_wrappers
 
 
 def convert_to_inferable(model: keras.Model) -> keras.Model:
@@ -81,7 +80,7 @@ class _Copier:
             return keras.models.clone_model(operation, inputs, clone_function=self.copy)
         new = type(operation).from_config(operation.get_config())
         if isinstance(operation, keras.Layer):
-            _refuse_inner_wrappers(operation)
+            refuse_inner_wrappers(operation)
             self.plain.append((operation, new))
         return new
 
@@ -92,14 +91,3 @@ def _new_input(model: keras.Model, tensor: keras.KerasTensor) -> keras.KerasTens
         if isinstance(layer, keras.layers.InputLayer) and layer.output is tensor:
             return type(layer).from_config(layer.get_config()).output
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
-
-
-def _refuse_inner_wrappers(layer: keras.Layer) -> None:
-    inside = [inner.name for inner in sublayers(layer) if isinstance(inner, QuantizingLayer)]
-    if inside:
-        raise bad_value(
-            "model",
-            f"layer '{layer.name}', a {type(layer).__name__} with {inside} inside",
-            "wrappers and holders that are layers of a Functional or Sequential model",
-            "Wrap the outer layer, and name the inner weights by path ('layer/kernel').",
-        )

@@ -13,7 +13,8 @@ from keras_qwrap.quantizers.base import (
     check_config_is_complete,
 )
 from keras_qwrap.quantizers.config import QuantizationTarget
-from keras_qwrap.tensors import Tensor
+from keras_qwrap.substitution import sublayers
+from keras_qwrap.tensors import Tensor, read
 
 Quantizer = BaseKerasTrainableQuantizer | BaseKerasInferableQuantizer
 
@@ -41,10 +42,18 @@ class QuantizingLayer(keras.layers.Layer):
         self._adopted: list[Quantizer] = []
         self._prefix = ""
         self._taken_names: list[str] = []
+        self._claims = False
 
     def owns(self, quantizer: Quantizer) -> bool:
         """Whether this very object is one of the layer's quantizers."""
+        return self._claims and self._holds(quantizer)
+
+    def _holds(self, quantizer: Quantizer) -> bool:
         return any(quantizer is mine for mine in self._adopted)
+
+    def _claim(self) -> None:
+        """Own what is adopted; called when nothing can go wrong any more in the constructor."""
+        self._claims = True
 
     def _adopt(self, quantizer: Any, target: QuantizationTarget, role: str) -> Quantizer:
         """A trainable quantizer itself, claimed for this layer, or a copy of an inferable one."""
@@ -54,6 +63,12 @@ class QuantizingLayer(keras.layers.Layer):
                 quantizer,
                 "a trainable or inferable quantizer",
                 "Pass an instance, for example STEWeightQATQuantizer(config).",
+            )
+        if getattr(quantizer, "quantization_target", None) is None:
+            raise TypeError(
+                f"{role}: received a {type(quantizer).__name__} without quantization target and "
+                "methods, expected both. Mark the class with `mark_quantizer`, and call "
+                "`super().__init__(quantization_config, ...)` in a trainable one."
             )
         if quantizer.quantization_target is not target:
             raise bad_value(
@@ -66,13 +81,14 @@ class QuantizingLayer(keras.layers.Layer):
             quantizer = copy_quantizer(quantizer)
         else:
             owner: Any = quantizer._owner() if quantizer._owner is not None else None
-            if owner is not None and owner.owns(quantizer):
+            here = self._holds(quantizer)
+            if here or (owner is not None and owner.owns(quantizer)):
                 raise bad_value(
                     role,
                     quantizer,
                     "a trainable quantizer that is used nowhere else",
-                    f"This object belongs to layer '{owner.name}' already; it holds that "
-                    "layer's variables. Create one for each use.",
+                    f"This object belongs to layer '{(self if here else owner).name}' already; it "
+                    "holds that layer's variables. Create one for each use.",
                 )
             quantizer._owner = weakref.ref(self)
         self._adopted.append(quantizer)
@@ -136,6 +152,19 @@ class QuantizingLayer(keras.layers.Layer):
             return quantizer(tensor, training=training)
         return quantizer(tensor)
 
+    def _quantize_weight(
+        self, quantizer: Quantizer, variable: keras.Variable, training: Any
+    ) -> Tensor:
+        tensor = self._quantize(quantizer, read(variable), training)
+        if tuple(tensor.shape) != tuple(variable.shape):
+            raise bad_value(
+                type(quantizer).__name__,
+                tuple(tensor.shape),
+                f"a tensor of the weight's shape, {tuple(variable.shape)}",
+                "A quantizer must keep the shape of its input.",
+            )
+        return tensor
+
     def get_config(self) -> dict:
         """The constructor's arguments; the dtype is always float32 and left out."""
         config = super().get_config()
@@ -191,3 +220,15 @@ def check_format_version(config: dict) -> dict:
             "A newer keras_qwrap wrote this; upgrade the package to read it.",
         )
     return config
+
+
+def refuse_inner_wrappers(layer: keras.Layer) -> None:
+    """Refuse to convert a layer with wrappers or holders inside: they would be left as they are."""
+    inside = [inner.name for inner in sublayers(layer) if isinstance(inner, QuantizingLayer)]
+    if inside:
+        raise bad_value(
+            "model",
+            f"layer '{layer.name}', a {type(layer).__name__} with {inside} inside",
+            "wrappers and holders that are layers of a Functional or Sequential model",
+            "Wrap the outer layer, and name the inner weights by path ('layer/kernel').",
+        )

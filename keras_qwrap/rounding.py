@@ -136,7 +136,7 @@ def fake_lookup(
         clipped = ops.clip(position, *limits)
         index = ops.searchsorted(bounds, ops.reshape(clipped, (-1,)), side="left")
         found = ops.reshape(ops.take(values, index, axis=0), ops.shape(clipped))
-        return ops.multiply(ops.where(ops.isnan(clipped), clipped, found), scale), grad
+        return ops.multiply(ops.where(ops.isnan(position), position, found), scale), grad
 
     x = float_tensor(x)
     return look_up(x, *(as_tensor(a, x.dtype) for a in (scale, divisor)))

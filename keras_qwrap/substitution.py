@@ -71,6 +71,11 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return layer._flatten_layers()
 
 
+def is_rematerialized(layer: keras.Layer) -> bool:
+    """Whether the layer recomputes its activations when gradients are taken."""
+    return getattr(layer, "_remat_mode", None) is not None
+
+
 def build_layer(layer: keras.Layer, shapes: Sequence, named_shapes: dict, example: tuple) -> None:
     """Create the state of `layer` and of all layers inside it.
 

@@ -12,7 +12,13 @@ from keras import ops, tree
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.layer_weights import check_supported, copy_variables, find_weight
+from keras_qwrap.layer_weights import (
+    check_supported,
+    copy_variables,
+    find_weights,
+    refuse_replaced_weights,
+)
+from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
     FORMAT_VERSION,
@@ -21,10 +27,11 @@ from keras_qwrap.quantizing_layer import (
     check_format_version,
     copy_quantizer,
     inferable_twin,
+    refuse_inner_wrappers,
     serialize_quantizer,
 )
 from keras_qwrap.substitution import build_layer, call_with
-from keras_qwrap.tensors import Tensor, read, to_numpy
+from keras_qwrap.tensors import read, to_numpy
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -87,7 +94,9 @@ class KerasQuantizationWrapper(QuantizingLayer):
             raise bad_type("layer", layer, "a Keras layer", "Pass for example Dense(8).")
         self._layer_signature = inspect.signature(layer.call)
         self._signature = with_training(self._layer_signature)
-        self.call = sign(lambda *args, **kwargs: self._call_layer(args, kwargs), self._signature)
+        if type(self).call is KerasQuantizationWrapper.call:
+            call = partial(KerasQuantizationWrapper.call, self)
+            self.call = sign(call, self._signature)  # type: ignore[method-assign]
         super().__init__(**{"name": layer.name, **kwargs})
         sign(self.build, inspect.signature(layer.build))
         self.layer = layer
@@ -101,6 +110,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
             for i, quantizer in enumerate(as_list(activation_quantizers))
         ]
         self._construction = Construction()
+        self._claim()
 
     def add_weights_quantizer(self, name: str, quantizer: Quantizer) -> None:
         """Quantize the weight at path `name` as well; possible until the wrapper is built.
@@ -124,7 +134,15 @@ class KerasQuantizationWrapper(QuantizingLayer):
                 "expected another weight. Pass one quantizer for each weight."
             )
         role = f"weights_quantizers['{name}']"
-        self.weights_quantizers[name] = self._adopt(quantizer, QuantizationTarget.Weights, role)
+        adopted = self._adopt(quantizer, QuantizationTarget.Weights, role)
+        if self.converted and isinstance(adopted, BaseKerasTrainableQuantizer) and adopted.enabled:
+            raise bad_value(
+                role,
+                quantizer,
+                "an inferable quantizer, since converted=True",
+                "Convert a trained wrapper with `convert_to_inferable_quantizers`.",
+            )
+        self.weights_quantizers[name] = adopted
 
     @property
     def is_weights_quantization(self) -> bool:
@@ -148,50 +166,33 @@ class KerasQuantizationWrapper(QuantizingLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.built:
-            self._construction.call = (args, kwargs)
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            self._construction.call = None
+            self._construction.see_call(args, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def build(self, *args: Any, **kwargs: Any) -> None:
         """Build the wrapped layer, find its weights, and create the quantizers' variables."""
-        self._construction.shapes = (args, kwargs)
-        example = self._construction.example()
-        check_supported(self.layer)
-        build_layer(self.layer, args, kwargs, self._for_layer(*example))
-        check_supported(self.layer)
-        for path in sorted(self.weights_quantizers):
-            self._build_weight(path)
-        if self.activation_quantizers:
-            self._build_activations(example)
+        self._construction.see_shapes(args, kwargs)
+        example = self._for_layer(*(self._construction.example or ((), {})))
+        check_supported(self)
+        build_layer(self.layer, args, kwargs, example)
+        check_supported(self)
+        self._construction.quantized = find_weights(self.layer, sorted(self.weights_quantizers))
+        shapes = self._find_output_shapes(*example) if self.activation_quantizers else []
+        for path, variable in self._construction.quantized:
+            name = path.replace("/", "_")
+            self._initialize(self.weights_quantizers[path], tuple(variable.shape), name)
+        for i, shape in enumerate(shapes):
+            self._initialize(self.activation_quantizers[i], tuple(shape), f"output_{i}")
         if self.converted and not self.trainable:
             self.layer.trainable = False
 
-    def _build_weight(self, path: str) -> None:
-        variable = find_weight(self.layer, path)
-        for other, taken in self._construction.quantized:
-            if taken is variable:
-                raise bad_value(
-                    "weights_quantizers",
-                    path,
-                    f"another weight than '{other}', which it names as well",
-                    "Drop one of the two.",
-                )
-        self._construction.quantized.append((path, variable))
-        self._initialize(
-            self.weights_quantizers[path], tuple(variable.shape), path.replace("/", "_")
-        )
-
-    def _build_activations(self, example: tuple[tuple, dict]) -> None:
+    def _find_output_shapes(self, args: tuple, kwargs: dict) -> list[tuple]:
         shapes = self._construction.output_shapes
         if shapes is None:
-            args, kwargs = self._for_layer(*example)
             specs = tree.flatten(self.layer.compute_output_spec(*args, **kwargs))
             shapes = self._construction.output_shapes = [tuple(spec.shape) for spec in specs]
         self._check_number_of_outputs(len(shapes))
-        for i, shape in enumerate(shapes):
-            self._initialize(self.activation_quantizers[i], tuple(shape), f"output_{i}")
+        return shapes
 
     def _check_number_of_outputs(self, number: int) -> None:
         if number != len(self.activation_quantizers):
@@ -217,18 +218,13 @@ class KerasQuantizationWrapper(QuantizingLayer):
 
     def get_build_config(self) -> dict | None:
         """Shapes of inputs and outputs, from which `build_from_config` creates all variables."""
-        if self._construction.shapes is None:
-            return None
-        args, kwargs = self._construction.shapes
-        shapes = self._construction.output_shapes
-        return {"args": list(args), "kwargs": dict(kwargs), "output_shapes": shapes}
+        return self._construction.to_config()
 
     def build_from_config(self, config: dict) -> None:
         """Build from what `get_build_config` gave."""
-        if not config:
-            return
-        self._construction.output_shapes = config["output_shapes"]
-        self.build(*config["args"], **config["kwargs"])
+        if config:
+            self._construction.from_config(config)
+            self.build(*config["args"], **config["kwargs"])
 
     def _for_layer(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Arguments of this layer's call as the wrapped layer takes them."""
@@ -236,7 +232,9 @@ class KerasQuantizationWrapper(QuantizingLayer):
             return args, kwargs
         return args, {key: value for key, value in kwargs.items() if key != "training"}
 
-    def _call_layer(self, args: tuple, kwargs: dict) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped layer's outputs; takes the arguments of its call, and `training`."""
+        refuse_replaced_weights(self.layer)
         training = self._signature.bind(*args, **kwargs).arguments.get("training")
         args, kwargs = self._for_layer(args, kwargs)
         if self.converted:
@@ -244,24 +242,13 @@ class KerasQuantizationWrapper(QuantizingLayer):
             outputs = self.layer(*args, **kwargs)
         else:
             replacements = [
-                (variable, partial(self._quantized, quantizer, variable, training))
+                (variable, partial(self._quantize_weight, quantizer, variable, training))
                 for _, quantizer, variable in self._enabled()
             ]
             outputs, losses = call_with(self.layer, replacements, args, kwargs)
             for loss in losses:
                 self.add_loss(loss)
         return self._quantize_outputs(outputs, training) if self.activation_quantizers else outputs
-
-    def _quantized(self, quantizer: Quantizer, variable: keras.Variable, training: Any) -> Tensor:
-        tensor = self._quantize(quantizer, read(variable), training)
-        if tuple(tensor.shape) != tuple(variable.shape):
-            raise bad_value(
-                type(quantizer).__name__,
-                tuple(tensor.shape),
-                f"a tensor of the weight's shape, {tuple(variable.shape)}",
-                "A quantizer must keep the shape of its input.",
-            )
-        return tensor
 
     def _refuse_training(self, training: Any) -> None:
         if self.trainable and self.weights_quantizers and training is True:
@@ -292,8 +279,14 @@ class KerasQuantizationWrapper(QuantizingLayer):
         return self.layer.compute_mask(*args, **kwargs)
 
     def get_quantized_weights(self) -> dict[str, np.ndarray]:
-        """`{path: quantized weight}`, float32, as the layer computes with them in inference."""
+        """`{path: quantized weight}`, float32, as the layer computes with them in inference.
+
+        Raises:
+            ValueError: as `get_codes`.
+        """
         self._require_built("get_quantized_weights")
+        if self.converted:
+            self.get_codes()
         weights = {}
         for path, quantizer, variable in self._enabled():
             weight = read(variable)
@@ -305,8 +298,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def get_codes(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """`{path: (codes, scale, zero_point)}`: int32, float32 and int32 arrays.
 
-        `(codes - zero_point) * scale` is the quantized weight. Codes of a lookup quantizer are
-        table indices.
+        `(codes - zero_point) * scale` is the quantized weight (before it is rounded to the
+        variable's dtype, if that is not float32). Codes of a lookup quantizer are table indices.
 
         Raises:
             ValueError: the layer is not built, or a converted layer's weight was changed and is
@@ -334,6 +327,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         return [row for row in rows if row[1].enabled]
 
     def _require_built(self, what: str) -> None:
+        refuse_replaced_weights(self.layer)
         if not self.built:
             raise ValueError(
                 f"{what}: received layer '{self.name}', which is not built, expected a built "
@@ -351,7 +345,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         """
         self._require_built("convert_to_inferable_quantizers")
         config = check_format_version(self.get_config()) | {
-            "layer": type(self.layer).from_config(self.layer.get_config()),
+            "layer": self._copy_layer(),
             "weights_quantizers": {
                 path: inferable_twin(quantizer) for path, quantizer, _ in self._enabled()
             },
@@ -364,11 +358,18 @@ class KerasQuantizationWrapper(QuantizingLayer):
         }
         new = type(self)(**config)
         new.build_from_config(self.get_build_config() or {})
-        copy_variables(self.layer, new.layer)
+        if not isinstance(self.layer, QuantizingLayer):
+            copy_variables(self.layer, new.layer)
         if not self.converted:
             for path, weight in self.get_quantized_weights().items():
                 new.latent_weight(path).assign(weight)
         return new
+
+    def _copy_layer(self) -> keras.Layer:
+        if isinstance(self.layer, QuantizingLayer):
+            return self.layer.convert_to_inferable_quantizers()
+        refuse_inner_wrappers(self.layer)
+        return type(self.layer).from_config(self.layer.get_config())
 
     def get_config(self) -> dict:
         """The constructor's arguments as plain values, and the version of this format."""

@@ -109,6 +109,18 @@ class Mixer(layers.Layer):
         return (*first_shape[:-1], 3)
 
 
+@register
+class Unbuilt(layers.Layer):
+    """Takes two tensors and creates its weights by calling its layer, without `build`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+
+    def call(self, first, second):
+        return self.dense(first) + second
+
+
 def _sequential():
     return keras.Sequential(
         [keras.Input((5,)), layers.Dense(4, activation="relu"), layers.Dense(2)], name="inner"
@@ -355,6 +367,13 @@ CASES = [
         lambda: Composite(),
         [floats(*FLAT)],
         {"first/kernel": weight(), "blocks/1/kernel": weight(4, **POT)},
+        [activation()],
+    ),
+    Case(
+        "two_inputs_without_build",
+        lambda: Unbuilt(),
+        [floats(2, 5), floats(2, 3)],
+        {"dense/kernel": weight()},
         [activation()],
     ),
     Case(

@@ -217,7 +217,6 @@ def write_archive(path, members):
         b"null",
         b"[]",
         b"{}",
-        b'{"module": "keras", "class_name": "Sequential", "config": null}',
         b'{"module": "keras", "class_name": "NoSuchModel", "config": {}}',
         b'{"module": "no_such_module", "class_name": "Model", "config": {}}',
         b"\xff\xfe\x00",

@@ -113,9 +113,18 @@ class AddsLoss(layers.Layer):
         return inputs * self.factor
 
 
+@register
+class SumOfWeights(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return ops.sum(x)
+
+    def get_config(self):
+        return {}
+
+
 LOSSES = {
     "kernel_regularizer": (
-        lambda: layers.Dense(2, kernel_initializer="ones", kernel_regularizer=lambda w: ops.sum(w)),
+        lambda: layers.Dense(2, kernel_initializer="ones", kernel_regularizer=SumOfWeights()),
         6.0,
     ),
     "activity_regularizer": (

@@ -229,6 +229,7 @@ class BaseKerasTrainableQuantizer:
     quantization_target: QuantizationTarget
     quantization_method: list[QuantizationMethod]
     identifier: Any = None
+    _owner: weakref.ref | None = None
 
     def __init__(
         self,
@@ -264,7 +265,6 @@ class BaseKerasTrainableQuantizer:
             )
         self.quantization_config: Any = quantization_config
         self.quantizer_parameters: dict[str, Any] = {}
-        self._owner: weakref.ref | None = None
 
     @property
     def enabled(self) -> bool:

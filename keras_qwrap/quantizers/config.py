@@ -1,5 +1,6 @@
 """What is to be quantized, and how: targets, methods and configurations."""
 
+import copy
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -110,7 +111,7 @@ def _plain_config(config: Any) -> dict:
         elif isinstance(value, tuple):
             value = list(value)
         elif isinstance(value, dict):
-            value = dict(value)
+            value = copy.deepcopy(value)
         plain[entry.name] = value
     return plain
 

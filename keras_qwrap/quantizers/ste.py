@@ -332,14 +332,11 @@ class STEActivationQATQuantizer(_STEQuantizer):
         super().__init__(quantization_config)
         params = self.quantization_config.activation_quantization_params
         _check_keys(self, params, {"threshold", "is_signed"})
-        if "threshold" not in params:
-            raise bad_value(
-                "activation_quantization_params",
-                params,
-                "a threshold",
-                "Pass {'threshold': t}; a quantizer cannot know an activation's range.",
-            )
-        self._fixed_quantizer(0)
+        if self.enabled and "threshold" not in params:
+            fix = "Pass {'threshold': t}; a quantizer cannot know an activation's range."
+            raise bad_value("activation_quantization_params", params, "a threshold", fix)
+        if self.enabled:
+            self._fixed_quantizer(0)
 
     def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
         config = self.quantization_config
@@ -390,7 +387,8 @@ class STEUniformActivationQATQuantizer(_STEQuantizer):
         super().__init__(quantization_config)
         params = self.quantization_config.activation_quantization_params
         _check_keys(self, params, {"range_min", "range_max"})
-        self._fixed_quantizer(0)
+        if self.enabled:
+            self._fixed_quantizer(0)
 
     def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
         config = self.quantization_config

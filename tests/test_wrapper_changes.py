@@ -1,0 +1,182 @@
+"""A wrapper whose layer, quantizers or use change under it: refused, or followed, not ignored."""
+
+import copy
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from layer_cases import activation, fixed, floats, register, weight
+
+import keras_qwrap as qi
+
+Wrapper = qi.KerasQuantizationWrapper
+
+
+def to_numpy(tensor):
+    return np.array(ops.convert_to_numpy(tensor))
+
+
+def built(layer=None, **kwargs):
+    wrapper = Wrapper(layer or layers.Dense(3), {"kernel": weight(4)}, **kwargs)
+    wrapper.build((2, 4))
+    return wrapper
+
+
+def test_lora_enabled_after_building_is_refused_at_the_call():
+    wrapper = built()
+    wrapper.layer.enable_lora(2)
+    for action in (lambda: wrapper(floats(2, 4)), wrapper.get_codes, wrapper.get_quantized_weights):
+        with pytest.raises(ValueError, match="without LoRA"):
+            action()
+
+
+def test_a_layer_that_keras_quantizes_after_building_is_refused_at_the_call():
+    wrapper = built()
+    wrapper.layer.quantize("int8")
+    with pytest.raises(ValueError, match="quantization mode int8"):
+        wrapper(floats(2, 4))
+
+
+def test_rematerialized_layers_are_refused():
+    """Their second run, for the gradients, would see float weights."""
+    with keras.RematScope(mode="full"):
+        dense = layers.Dense(3)
+    with pytest.raises(ValueError, match="RematScope"):
+        Wrapper(dense, {"kernel": weight()}).build((2, 4))
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_a_traced_method_is_refused(where):
+    import tensorflow as tf
+
+    class Traced(layers.Dense):
+        def __init__(self, units):
+            super().__init__(units)
+            if where == "instance":
+                self.product = tf.function(lambda x: tf.matmul(x, self.kernel))
+
+        def call(self, inputs):
+            return self.product(inputs)
+
+    if where == "class":
+        Traced.product = tf.function(lambda self, x: tf.matmul(x, self.kernel))
+    with pytest.raises(ValueError, match=r"no `tf.function`"):
+        Wrapper(Traced(3), {"kernel": weight()}).build((2, 4))
+
+
+@pytest.mark.tensorflow
+def test_a_model_that_was_trained_can_be_wrapped():
+    """Its own compiled steps are no methods of its call."""
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
+    inner.compile("sgd", "mse")
+    inner.fit(floats(4, 4), floats(4, 2), verbose=0)
+    assert Wrapper(inner, {"layers/0/kernel": weight()})(floats(2, 4)).shape == (2, 2)
+
+
+def test_an_inner_wrapper_is_converted_with_the_outer_one():
+    inner = Wrapper(layers.Dense(3, bias_initializer="normal"), {"kernel": weight(3)})
+    outer = Wrapper(inner, {"layer/bias": fixed(0.25, 2)}, activation())
+    expected = to_numpy(outer(floats(2, 4)))
+    converted = outer.convert_to_inferable_quantizers()
+    assert converted.layer.converted
+    assert not inner.converted
+    np.testing.assert_array_equal(to_numpy(converted(floats(2, 4))), expected)
+    again = converted.convert_to_inferable_quantizers()
+    np.testing.assert_array_equal(to_numpy(again(floats(2, 4))), expected)
+    wrapper = Wrapper(keras.Sequential([keras.Input((4,)), built()]))
+    wrapper(floats(2, 4))
+    with pytest.raises(ValueError, match="inside"):
+        wrapper.convert_to_inferable_quantizers()
+
+
+@register
+class Doubling(Wrapper):
+    """A wrapper of a user's, which adds to the call."""
+
+    def call(self, inputs, training=None):
+        return 2 * super().call(inputs, training=training)
+
+
+def test_a_subclass_may_define_its_call(tmp_path):
+    keras.utils.set_random_seed(0)
+    wrapper = built()
+    doubling = Doubling(layers.Dense(3), {"kernel": weight(4)})
+    model = keras.Sequential([keras.Input((4,)), doubling])
+    doubling.set_weights(wrapper.get_weights())
+    expected = 2 * to_numpy(wrapper(floats(2, 4)))
+    np.testing.assert_array_equal(to_numpy(model(floats(2, 4))), expected)
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(to_numpy(reloaded(floats(2, 4))), expected)
+
+
+def test_a_trainable_quantizer_in_a_converted_wrapper_is_refused():
+    with pytest.raises(ValueError, match="an inferable quantizer, since converted=True"):
+        Wrapper(layers.Dense(3), {"kernel": weight()}, converted=True)
+
+
+def test_weights_that_left_their_grid_are_not_given_out():
+    converted = built().convert_to_inferable_quantizers()
+    converted.latent_weight("kernel").assign(floats(4, 3))
+    with pytest.raises(ValueError, match="not on its grid"):
+        converted.get_quantized_weights()
+
+
+def test_a_failed_build_says_the_same_again():
+    wrapper = Wrapper(layers.Dense(3), {"bias": weight(), "kernal": weight()})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"received 'kernal'.*nearest is 'kernel'"):
+            wrapper.build((2, 4))
+
+
+def test_a_failed_constructor_claims_no_quantizer():
+    quantizer = weight()
+    with pytest.raises(ValueError, match="quantizer for activation") as failure:
+        Wrapper(layers.Dense(3), {"kernel": quantizer}, weight())
+    wrapper = Wrapper(layers.Dense(3), {"kernel": quantizer})
+    assert wrapper.owns(quantizer)
+    assert failure.value is not None
+
+
+def test_a_quantizer_added_later_is_claimed():
+    wrapper = Wrapper(layers.Dense(3))
+    quantizer = weight()
+    wrapper.add_weights_quantizer("kernel", quantizer)
+    with pytest.raises(ValueError, match="used nowhere else"):
+        Wrapper(layers.Dense(3), {"kernel": quantizer})
+    Wrapper(layers.Dense(3), {"kernel": copy.deepcopy(quantizer)})
+
+
+def test_a_quantizer_class_without_marks_is_refused():
+    class Unmarked(qi.BaseKerasInferableQuantizer):
+        pass
+
+    with pytest.raises(TypeError, match="mark_quantizer"):
+        qi.KerasActivationQuantizationHolder(Unmarked())
+
+
+def test_a_holder_takes_one_tensor():
+    holder = qi.KerasActivationQuantizationHolder(activation())
+    with pytest.raises(ValueError, match="one tensor"):
+        holder([floats(2, 4), floats(2, 4)])
+
+
+def test_a_disabled_activation_quantizer_needs_no_range():
+    config = qi.TrainableQuantizerActivationConfig(
+        qi.QuantizationMethod.SYMMETRIC, enable_activation_quantization=False
+    )
+    wrapper = built(activation_quantizers=qi.STEActivationQATQuantizer(config))
+    bare = built()
+    bare.set_weights(wrapper.get_weights())
+    expected = to_numpy(bare(floats(2, 4)))
+    np.testing.assert_array_equal(to_numpy(wrapper(floats(2, 4))), expected)
+
+
+def test_a_config_does_not_share_its_lists():
+    config = qi.TrainableQuantizerWeightsConfig(
+        qi.QuantizationMethod.SYMMETRIC, 8, {"threshold": [1.0, 2.0]}
+    )
+    config.get_config()["weights_quantization_params"]["threshold"][0] = 77.0
+    assert config.weights_quantization_params == {"threshold": [1.0, 2.0]}
