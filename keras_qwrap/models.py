@@ -6,8 +6,8 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.layer_weights import copy_variables
 from keras_qwrap.quantizing_layer import QuantizingLayer, refuse_inner_wrappers
+from keras_qwrap.weight_paths import copy_variables
 
 
 def convert_to_inferable(model: keras.Model) -> keras.Model:

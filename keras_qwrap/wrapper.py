@@ -12,12 +12,6 @@ from keras import ops, tree
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.layer_weights import (
-    check_supported,
-    copy_variables,
-    find_weights,
-    refuse_replaced_weights,
-)
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
@@ -32,6 +26,12 @@ from keras_qwrap.quantizing_layer import (
 )
 from keras_qwrap.substitution import build_layer, call_with
 from keras_qwrap.tensors import read, to_numpy
+from keras_qwrap.weight_paths import (
+    check_supported,
+    copy_variables,
+    find_weights,
+    refuse_replaced_weights,
+)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

@@ -26,7 +26,7 @@ READING_ORDER = [
     "quantizers.inferable",
     "quantizers.ste",
     "substitution",
-    "layer_weights",
+    "weight_paths",
     "quantizing_layer",
     "construction",
     "wrapper",

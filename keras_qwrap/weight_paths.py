@@ -33,7 +33,7 @@ def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
 
     ```python
     import keras
-    from keras_qwrap.layer_weights import weight_paths
+    from keras_qwrap.weight_paths import weight_paths
 
     layer = keras.layers.LSTM(2)
     layer.build((None, 3, 4))
