@@ -1,6 +1,7 @@
 """Run a layer with some of its variables replaced. The only file that uses non-public Keras."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -98,3 +99,33 @@ def _build_by_tracing(layer: keras.Layer, example: tuple) -> None:
     args, kwargs = example
     with keras.name_scope(layer.name, caller=layer):
         backend.compute_output_spec(layer.call, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One use of an operation (a layer, a nested model, or a function) in a model's graph."""
+
+    operation: Any
+    inputs: list[keras.KerasTensor]
+    outputs: list[keras.KerasTensor]
+
+
+def graph_nodes(model: keras.Model) -> list[GraphNode]:
+    """The nodes of a built Functional or Sequential model in order of execution, inputs excluded.
+
+    Tensors are the same objects wherever they meet: as outputs, as inputs of other nodes, and in
+    `model.inputs` and `model.outputs`.
+    """
+    by_depth = getattr(model, "_functional", model)._nodes_by_depth
+    return [
+        GraphNode(node.operation, list(node.input_tensors), list(node.outputs))
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+        if not node.is_input
+    ]
+
+
+def new_input(tensor: keras.KerasTensor) -> keras.KerasTensor:
+    """The symbolic input of a new model that is like `tensor`, one of another model's inputs."""
+    layer = tensor._keras_history.operation
+    return type(layer).from_config(layer.get_config()).output

@@ -31,6 +31,7 @@ READING_ORDER = [
     "construction",
     "wrapper",
     "holder",
+    "copying",
     "models",
     "files",
     "testing",

@@ -1,0 +1,133 @@
+"""Rebuild a Functional or Sequential model layer by layer, nested models and sharing included."""
+
+from typing import Any
+
+import keras
+
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.substitution import new_input
+from keras_qwrap.weight_paths import copy_variables
+
+
+def is_graph(model: Any) -> bool:
+    """Whether this is a Functional or Sequential model."""
+    functional = isinstance(model, keras.Model) and hasattr(model, "operations")
+    return functional or isinstance(model, keras.Sequential)
+
+
+def check_graph(model: Any) -> None:
+    """Refuse what is no built Functional or Sequential model."""
+    if not is_graph(model):
+        raise bad_type("model", model, "a Functional or Sequential model", "Pass a keras.Model.")
+    if not model.built:
+        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+
+
+class Copier:
+    """Makes a new model in which each layer is what `new_layer` makes of the old one.
+
+    Each layer is made once, so that shared ones stay shared. Names are kept, compile settings are
+    carried over, and the given model is left as it is. A subclass overrides `new_layer`, and
+    `call` where it has to change the graph between layers.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_qwrap.copying import Copier
+
+    class Renamer(Copier):
+        def new_layer(self, layer):
+            return type(layer).from_config(layer.get_config() | {"name": f"new_{layer.name}"})
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="dense")])
+    print(Renamer().copy_model(model).layers[0].name)  # new_dense
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[int, Any] = {}
+        self._plain: list[tuple[keras.Layer, keras.Layer]] = []
+
+    def copy_model(self, model: keras.Model) -> keras.Model:
+        """The new model; the weights of plain copies are those of the given model's layers."""
+        new = self._copy(model)
+        for source, target in self._plain:
+            copy_variables(source, target)
+        return new
+
+    def new_layer(self, layer: keras.Layer) -> keras.Layer | None:
+        """What takes the place of a layer that is no model; None leaves it out.
+
+        A Functional model leaves a layer out only if `call` does without it.
+        """
+        return self.plain_copy(layer)
+
+    def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
+        """Outputs of `new`, which stands for `layer`, in a Functional model's graph."""
+        return new(*args, **kwargs)
+
+    def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
+        """The layers that take the place of a Sequential model's."""
+        made = [self._copy(layer) for layer in model.layers]
+        return [layer for layer in made if layer is not None]
+
+    def plain_copy(self, layer: keras.Layer) -> keras.Layer:
+        """A copy made from the layer's config, to which its weights are copied at the end."""
+        new = _from_config(layer)
+        self._plain.append((layer, new))
+        return new
+
+    def _copy(self, operation: Any) -> Any:
+        if id(operation) not in self._copies:
+            new = self._new(operation)
+            self._copies[id(operation)] = new
+        return self._copies[id(operation)]
+
+    def _new(self, operation: Any) -> Any:
+        if isinstance(operation, keras.Sequential):
+            return self._new_sequential(operation)
+        if is_graph(operation):
+            return self._new_functional(operation)
+        if isinstance(operation, keras.Layer):
+            return self.new_layer(operation)
+        return _from_config(operation)
+
+    def _new_functional(self, model: keras.Model) -> keras.Model:
+        inputs = keras.tree.map_structure(new_input, model.input)
+        return keras.models.clone_model(
+            model, inputs, clone_function=self._stand_in, call_function=self._call
+        )
+
+    def _stand_in(self, operation: Any) -> "_StandIn":
+        return _StandIn(operation, self._copy(operation))
+
+    def _call(self, stand_in: "_StandIn", *args: Any, **kwargs: Any) -> Any:
+        return self.call(stand_in.old, stand_in.new, args, kwargs)
+
+    def _new_sequential(self, model: keras.Sequential) -> keras.Model:
+        layers = self.sequential_layers(model)
+        first = [new_input(model.inputs[0])] if model.built else []
+        new = keras.Sequential([*first, *layers], name=model.name, trainable=model.trainable)
+        if model.compiled:
+            new.compile_from_config(model.get_compile_config())
+        return new
+
+
+class _StandIn:
+    """An operation together with what takes its place."""
+
+    def __init__(self, old: Any, new: Any) -> None:
+        self.old, self.new = old, new
+
+
+def _from_config(operation: Any) -> Any:
+    try:
+        return type(operation).from_config(operation.get_config())
+    except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"model: received '{operation.name}', a {type(operation).__name__} that cannot be made "
+            f"again from its config ({error}), expected layers whose `get_config` returns every "
+            "argument of the constructor. Define or mend `get_config`; replace a Lambda by a layer "
+            "class."
+        ) from error
