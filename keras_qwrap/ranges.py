@@ -15,6 +15,7 @@ from keras_qwrap.tensors import Tensor
 Axes = tuple[int, ...] | None
 
 _POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
+_SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def symmetric_scale(threshold: Tensor, num_bits: int, signed: bool) -> Tensor:
@@ -64,13 +65,49 @@ def power_of_two_threshold(
 
     Found by comparing with all powers of two, which is exact in every mode of execution.
     """
-    wanted = symmetric_threshold(weight, axes, num_bits, min_threshold)
-    enough = ops.greater_equal(_POWERS_OF_TWO, ops.expand_dims(wanted, -1))
-    return ops.min(ops.where(enough, _POWERS_OF_TWO, np.float32(np.inf)), axis=-1)
+    return next_power_of_two(symmetric_threshold(weight, axes, num_bits, min_threshold), ops)
+
+
+def next_power_of_two(wanted: Tensor, xp: Any) -> Tensor:
+    """The smallest power of two, from 2**-126, that is not below `wanted`."""
+    enough = xp.greater_equal(_POWERS_OF_TWO, xp.expand_dims(wanted, -1))
+    return xp.min(xp.where(enough, _POWERS_OF_TWO, np.float32(np.inf)), axis=-1)
 
 
 def uniform_range(weight: Tensor, axes: Axes, min_threshold: float) -> tuple[Tensor, Tensor]:
     """Smallest and largest value over `axes`, widened to hold zero and to `min_threshold`."""
     low = ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0))
     high = ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0))
-    return low, ops.maximum(high, low + np.float32(min_threshold))
+    return low, widened_end(low, high, min_threshold, ops)
+
+
+def widened_end(low: Tensor, high: Tensor, min_threshold: float, xp: Any) -> Tensor:
+    """The upper end of a range that is at least `min_threshold` wide."""
+    return xp.maximum(high, low + np.float32(min_threshold))
+
+
+def has_range(low: Tensor, high: Tensor, xp: Any) -> Tensor:
+    """Whether a range that holds zero is any wider; subnormal numbers count as zero."""
+    return xp.maximum(high, -low) >= _SMALLEST_NORMAL
+
+
+def covering_threshold(
+    low: Tensor, high: Tensor, num_bits: int, min_threshold: float, xp: Any
+) -> tuple[Tensor, Tensor]:
+    """Threshold of a symmetric grid that clips nothing from `low <= 0` to `high >= 0`.
+
+    Signed where `low < 0`: `t = max(-low, high * float32(1 / (2**(b-1) - 1)) * 2**(b-1))`, else
+    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`.
+
+    Returns:
+        The threshold, and whether the grid is signed.
+    """
+    signed = low <= -_SMALLEST_NORMAL
+    above = _top_threshold(high, num_bits)
+    both = xp.maximum(-low, _top_threshold(high, num_bits - 1))
+    return xp.maximum(xp.where(signed, both, above), np.float32(min_threshold)), signed
+
+
+def _top_threshold(high: Tensor, num_bits: int) -> Tensor:
+    """Threshold of the grid whose highest code, `2**num_bits - 1`, is worth `high`."""
+    return high * np.float32(1 / (2**num_bits - 1)) * np.float32(2.0**num_bits)

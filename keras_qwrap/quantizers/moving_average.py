@@ -1,0 +1,287 @@
+"""An activation quantizer whose range follows the batches that it is trained on."""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qwrap import ranges
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.grids import IntegerGrid, float_array
+from keras_qwrap.quantizers.base import (
+    BaseKerasInferableQuantizer,
+    BaseKerasTrainableQuantizer,
+    mark_quantizer,
+)
+from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
+from keras_qwrap.quantizers.inferable import (
+    ActivationPOTInferableQuantizer,
+    ActivationSymmetricInferableQuantizer,
+    ActivationUniformInferableQuantizer,
+)
+from keras_qwrap.quantizers.stored_range import check_range
+from keras_qwrap.rounding import fake_quantize
+from keras_qwrap.tensors import Tensor, float32_input, read, to_numpy
+
+_WIDEST = np.float32(2.0**126)
+"""A wider range has a threshold that float32 cannot hold as a power of two."""
+
+_RANGE_KEYS = ("range_min", "range_max")
+
+
+@keras.saving.register_keras_serializable(PACKAGE)
+@mark_quantizer(
+    QuantizationTarget.Activation,
+    [QuantizationMethod.UNIFORM, QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO],
+)
+class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
+    """Activation quantizer that learns its range while it is trained, or is given it.
+
+    In training each batch's smallest and largest value, zero included, move the range:
+    `range = momentum * range + (1 - momentum) * batch`; the first batch sets it. The tensor is
+    then quantized by the new range. In inference the stored range is used; without one, the
+    tensor passes unquantized.
+
+    The grid follows from the range `[low, high]`, which is never narrower than `min_threshold`.
+    UNIFORM: that of `ActivationUniformInferableQuantizer`. SYMMETRIC: that of
+    `ActivationSymmetricInferableQuantizer`, signed where `low < 0`, with the threshold at which
+    nothing in the range is clipped. POWER_OF_TWO: the next power of two. Gradient: upstream
+    inside half a step around the range, else 0.
+
+    The state is in variables of the layer: `min_range` and `max_range`, `steps` (training calls
+    seen), `delay` (training calls that pass unquantized), `frozen` (the range stays as it is). A
+    batch with a NaN, an infinity or a range above 2**126 leaves the range as it was.
+
+    Args:
+        quantization_config: `TrainableQuantizerActivationConfig`; its params may hold an initial
+            range, `range_min` and `range_max`.
+        momentum: share of the old range, from 0 to below 1.
+
+    Raises:
+        TypeError, ValueError: the config is of another kind, asks for another method, holds
+            unknown params or a range out of bounds, or `momentum` is out of bounds.
+
+    Source: Jacob et al. 2018, arXiv:1712.05877 (moving averages of activation ranges).
+
+    Example:
+
+    ```python
+    import keras
+    import keras_qwrap as qi
+    from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
+
+    config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM, 8)
+    quantizer = MovingAverageActivationQATQuantizer(config, momentum=0.9)
+    holder = qi.KerasActivationQuantizationHolder(quantizer)
+    holder(keras.ops.array([[0.0, 1.0]]), training=True)
+    holder(keras.ops.array([[-1.0, 2.0]]), training=True)
+    print([round(end, 3) for end in quantizer.range])  # [-0.1, 1.1]
+    ```
+    """
+
+    def __init__(self, quantization_config: Any, momentum: float = 0.99) -> None:
+        super().__init__(quantization_config)
+        self.momentum = _check_momentum(momentum)
+        config = self.quantization_config
+        self._first_range = _range_in_params(
+            config.activation_quantization_params, config.min_threshold
+        )
+
+    def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
+        """Create the variables of the state."""
+        low, high = self._first_range
+        rows = [
+            ("min_range", "float32", low, "mean"),
+            ("max_range", "float32", high, "mean"),
+            ("steps", "int32", 0, "only_first_replica"),
+            ("delay", "int32", 0, "only_first_replica"),
+            ("frozen", "bool", False, "only_first_replica"),
+        ]
+        self.quantizer_parameters = {
+            role: layer.add_weight(
+                name=role,
+                shape=(),
+                dtype=dtype,
+                initializer=lambda shape, dtype=None, value=value: ops.convert_to_tensor(
+                    value, dtype
+                ),
+                trainable=False,
+                aggregation=aggregation,
+            )
+            for role, dtype, value, aggregation in rows
+        }
+        return self.quantizer_parameters
+
+    def __call__(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        """Quantize a float tensor; shape and dtype are kept, the arithmetic is float32."""
+        x, dtype = float32_input(inputs)
+        self._require_variables("a call")
+        if training:
+            self._see(x)
+        low, high = self._read("min_range"), self._read("max_range")
+        quantizes = ranges.has_range(low, high, ops)
+        if training:
+            late = ops.greater(self._read("steps"), self._read("delay"))
+            quantizes = ops.logical_and(quantizes, late)
+        scale, lowest, highest = self._derive(low, high)
+        quantized = fake_quantize(x, scale, lowest, highest)
+        return ops.cast(ops.where(quantizes, quantized, x), dtype)
+
+    def _see(self, x: Tensor) -> None:
+        """Move the range towards a batch's, and count the batch."""
+        x = ops.stop_gradient(x)
+        batch = {"min_range": ops.min(x), "max_range": ops.max(x)}
+        reach = sum(ops.abs(end) for end in batch.values())
+        moves = ops.logical_and(
+            ops.less_equal(reach, _WIDEST), ops.logical_not(self._read("frozen"))
+        )
+        batch = {
+            "min_range": ops.minimum(batch["min_range"], np.float32(0)),
+            "max_range": ops.maximum(batch["max_range"], np.float32(0)),
+        }
+        old = {role: self._read(role) for role in batch}
+        began = ranges.has_range(old["min_range"], old["max_range"], ops)
+        for role, end in batch.items():
+            kept = np.float32(self.momentum) * old[role]
+            moved = ops.where(began, kept + np.float32(1 - self.momentum) * end, end)
+            self.quantizer_parameters[role].assign(ops.where(moves, moved, old[role]))
+        self.quantizer_parameters["steps"].assign(self._read("steps") + 1)
+
+    def _derive(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, and lowest and highest code minus the zero point, as tensors."""
+        config = self.quantization_config
+        bits = config.activation_n_bits
+        if config.quantization_method is QuantizationMethod.UNIFORM:
+            high = ranges.widened_end(low, high, config.min_threshold, ops)
+            scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
+            return scale, -zero_point, 2**bits - 1 - zero_point
+        threshold, signed = self._threshold(low, high, ops)
+        grids = IntegerGrid(bits, signed=True), IntegerGrid(bits, signed=False)
+        pairs = [
+            (ranges.symmetric_scale(threshold, bits, grid.signed), grid.lowest, grid.highest)
+            for grid in grids
+        ]
+        scale, lowest, highest = (
+            ops.where(signed, *(ops.convert_to_tensor(end, "float32") for end in ends))
+            for ends in zip(*pairs, strict=True)
+        )
+        return scale, lowest, highest
+
+    def _threshold(self, low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
+        """Threshold, and whether the grid is signed."""
+        config = self.quantization_config
+        threshold, signed = ranges.covering_threshold(
+            low, high, config.activation_n_bits, config.min_threshold, xp
+        )
+        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
+            threshold = ranges.next_power_of_two(threshold, xp)
+        return threshold, signed
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """The stored range; None where there is none yet."""
+        self._require_variables("range")
+        low, high = (to_numpy(self.quantizer_parameters[r]) for r in ("min_range", "max_range"))
+        return (low.item(), high.item()) if ranges.has_range(low, high, np) else None
+
+    def set_range(self, low: float, high: float) -> None:
+        """Store a range, widened to hold zero and to `min_threshold`.
+
+        Raises:
+            TypeError, ValueError: an end is no finite number, `low > high`, the range is wider
+                than 2**126, or the layer is not built.
+        """
+        self._require_variables("set_range")
+        checked = _check_ends("set_range", low, high, self.quantization_config.min_threshold)
+        for role, end in zip(("min_range", "max_range"), checked, strict=True):
+            self.quantizer_parameters[role].assign(end)
+
+    def convert2inferable(self) -> BaseKerasInferableQuantizer:
+        """An inferable quantizer with the stored range.
+
+        Raises:
+            ValueError: there is no range yet.
+        """
+        if self.range is None:
+            raise ValueError(
+                f"{type(self).__name__}.convert2inferable: received a quantizer that is not "
+                "calibrated, expected one with a range. Train it, calibrate the model, or call "
+                "`set_range`."
+            )
+        config = self.quantization_config
+        bits = config.activation_n_bits
+        low, high = (to_numpy(self.quantizer_parameters[r]) for r in ("min_range", "max_range"))
+        if config.quantization_method is QuantizationMethod.UNIFORM:
+            high = ranges.widened_end(low, high, config.min_threshold, np)
+            return ActivationUniformInferableQuantizer(bits, low.item(), high.item())
+        threshold, signed = self._threshold(low, high, np)
+        cls = ActivationSymmetricInferableQuantizer
+        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
+            cls = ActivationPOTInferableQuantizer
+        return cls(bits, threshold.item(), bool(signed))
+
+    def get_config(self) -> dict:
+        return super().get_config() | {"momentum": self.momentum}
+
+    def _read(self, role: str) -> Tensor:
+        return read(self.quantizer_parameters[role])
+
+    def _require_variables(self, what: str) -> None:
+        if not self.quantizer_parameters:
+            raise ValueError(
+                f"{type(self).__name__}: received {what} before `initialize_quantization`, "
+                "expected a built wrapper or holder. Call or build the layer first."
+            )
+
+
+def _check_momentum(momentum: Any) -> float:
+    fix = "Pass for example 0.99."
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float, np.number)):
+        raise bad_type("momentum", momentum, "a number from 0 to below 1", fix)
+    if not 0 <= momentum < 1:
+        raise bad_value("momentum", momentum, "a number from 0 to below 1", fix)
+    return float(momentum)
+
+
+def _range_in_params(params: dict, min_threshold: float) -> tuple[Any, Any]:
+    """The initial range in a config's params, two zeros where there is none."""
+    if not params:
+        return np.float32(0), np.float32(0)
+    if set(params) != set(_RANGE_KEYS):
+        raise bad_value(
+            "quantization params",
+            sorted(params),
+            f"both of {list(_RANGE_KEYS)} and no other, or none",
+            "The range of a moving average is two numbers.",
+        )
+    low, high = params["range_min"], params["range_max"]
+    check_range(low, high)
+    ends = _check_ends("quantization params", low, high, 0.0)
+    if ends[1] - ends[0] < np.float32(min_threshold):
+        raise bad_value(
+            "range_max - range_min",
+            (low, high),
+            f"a range of at least min_threshold={min_threshold}",
+            "Widen the range or lower min_threshold.",
+        )
+    return ends
+
+
+def _check_ends(name: str, low: Any, high: Any, min_threshold: float) -> tuple[Any, Any]:
+    """A range as two float32 numbers, widened to hold zero and to `min_threshold`."""
+    ends = []
+    for role, end in (("low", low), ("high", high)):
+        array = float_array(f"{name}: {role}", end)
+        if array.size != 1:
+            raise bad_value(f"{name}: {role}", end, "one number", "The range is per tensor.")
+        ends.append(array.reshape(()))
+    if ends[0] > ends[1]:
+        raise bad_value(f"{name}: low", low, f"a number up to high, {high}", "Swap the two.")
+    least = np.minimum(ends[0], np.float32(0))
+    most = ranges.widened_end(least, np.maximum(ends[1], np.float32(0)), min_threshold, np)
+    if float(most) - float(least) > _WIDEST:
+        raise bad_value(
+            f"{name}: high", high, "a range of at most 2**126", "Narrow the range; it overflows."
+        )
+    return least, most
