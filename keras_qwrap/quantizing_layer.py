@@ -2,6 +2,9 @@
 
 import inspect
 import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -17,6 +20,7 @@ from keras_qwrap.substitution import sublayers
 from keras_qwrap.tensors import Tensor, read
 
 Quantizer = BaseKerasTrainableQuantizer | BaseKerasInferableQuantizer
+Observer = Callable[[Quantizer, Tensor], Tensor | None]
 
 FORMAT_VERSION = 1
 """Version of the wrapper's and the holder's config; files of a newer one are refused."""
@@ -32,6 +36,8 @@ class QuantizingLayer(keras.layers.Layer):
     rounding are float32. A wrapped layer keeps its policy.
     """
 
+    weights_quantizers: Mapping[str, Quantizer] = MappingProxyType({})
+
     def __init__(self, **kwargs: Any) -> None:
         dtype = keras.dtype_policies.get(kwargs.pop("dtype", "float32"))
         if dtype.name != "float32":
@@ -43,6 +49,7 @@ class QuantizingLayer(keras.layers.Layer):
         self._prefix = ""
         self._taken_names: list[str] = []
         self._claims = False
+        self._observer: Observer | None = None
 
     def owns(self, quantizer: Quantizer) -> bool:
         """Whether this very object is one of the layer's quantizers."""
@@ -148,6 +155,10 @@ class QuantizingLayer(keras.layers.Layer):
     def _quantize(self, quantizer: Any, tensor: Tensor, training: Any) -> Tensor:
         if not quantizer.enabled:
             return tensor
+        if self._observer is not None and _is_for_activations(quantizer):
+            replaced = self._observer(quantizer, tensor)
+            if replaced is not None:
+                return replaced
         if "training" in inspect.signature(quantizer.__call__).parameters:
             return quantizer(tensor, training=training)
         return quantizer(tensor)
@@ -170,6 +181,50 @@ class QuantizingLayer(keras.layers.Layer):
         config = super().get_config()
         del config["dtype"]
         return config
+
+
+def quantizers_in(layer: keras.Layer) -> list[tuple[QuantizingLayer, str, Quantizer]]:
+    """Every quantizer in `layer` and the layers inside it: its owner, its role, itself.
+
+    The role is a weight's path, or `output_0`, ...
+    """
+    rows: list[tuple[QuantizingLayer, str, Quantizer]] = []
+    for owner in _owners(layer):
+        rows += [(owner, path, quantizer) for path, quantizer in owner.weights_quantizers.items()]
+        outputs = [quantizer for quantizer in owner._adopted if _is_for_activations(quantizer)]
+        rows += [(owner, f"output_{i}", quantizer) for i, quantizer in enumerate(outputs)]
+    return rows
+
+
+def _is_for_activations(quantizer: Quantizer) -> bool:
+    return quantizer.quantization_target is QuantizationTarget.Activation
+
+
+def _owners(layer: keras.Layer) -> list[QuantizingLayer]:
+    return [inner for inner in sublayers(layer) if isinstance(inner, QuantizingLayer)]
+
+
+@contextmanager
+def observed(layer: keras.Layer, observer: Observer) -> Iterator[None]:
+    """Call `observer(quantizer, tensor)` wherever `layer` quantizes an activation.
+
+    A tensor that it returns takes the place of the quantizer's output; with None the quantizer is
+    called as ever. Functions that are traced already stay as they are: call `layer` itself, or
+    trace it anew.
+
+    Raises:
+        ValueError: the layer is observed already.
+    """
+    owners = _owners(layer)
+    if any(owner._observer is not None for owner in owners):
+        raise bad_value("layer", layer.name, "a layer that is not observed", "Observe it once.")
+    for owner in owners:
+        owner._observer = observer
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner._observer = None
 
 
 def copy_quantizer(quantizer: Quantizer) -> Quantizer:
