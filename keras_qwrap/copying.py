@@ -67,6 +67,10 @@ class Copier:
         """Outputs of `new`, which stands for `layer`, in a Functional model's graph."""
         return new(*args, **kwargs)
 
+    def new_inputs(self, model: keras.Model) -> Any:
+        """Symbolic inputs of a new Functional model, in the structure of the old one's."""
+        return keras.tree.map_structure(new_input, model.input)
+
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
         """The layers that take the place of a Sequential model's."""
         made = [self._copy(layer) for layer in model.layers]
@@ -94,9 +98,8 @@ class Copier:
         return _from_config(operation)
 
     def _new_functional(self, model: keras.Model) -> keras.Model:
-        inputs = keras.tree.map_structure(new_input, model.input)
         return keras.models.clone_model(
-            model, inputs, clone_function=self._stand_in, call_function=self._call
+            model, self.new_inputs(model), clone_function=self._stand_in, call_function=self._call
         )
 
     def _stand_in(self, operation: Any) -> "_StandIn":

@@ -32,6 +32,7 @@ READING_ORDER = [
     "wrapper",
     "holder",
     "copying",
+    "placement",
     "models",
     "files",
     "testing",

@@ -1,0 +1,144 @@
+"""Where the activations of a model are quantized: once behind what integer hardware fuses.
+
+The rules, for each operation of a Functional or Sequential graph:
+
+- A linear layer's output that only a batch normalization reads, and a linear layer's, batch
+  normalization's or sum's output that only an activation function reads, is not quantized: the
+  pair runs as one integer kernel.
+- Operations that move values or choose among them (pooling, reshape, padding, cropping, ...) carry
+  the grid of their input.
+- Softmax and sigmoid lie in `[0, 1)`, tanh in `[-1, 1)`: their grids are known.
+- Everything else is quantized onto a grid that is found from data. Integer tensors are not.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_qwrap.copying import is_graph
+from keras_qwrap.substitution import GraphNode, graph_nodes
+
+LINEAR = frozenset(
+    {f"Conv{rank}D{kind}" for rank in (1, 2, 3) for kind in ("", "Transpose")}
+    | {f"{kind}Conv{rank}D" for rank in (1, 2) for kind in ("Depthwise", "Separable")}
+    | {"Dense", "EinsumDense"}
+)
+SUMS = frozenset({"Add", "Subtract"})
+ACTIVATIONS = frozenset(
+    {"Activation", "ELU", "LeakyReLU", "PReLU", "ReLU", "Softmax"}
+    | {"Celu", "Elu", "Gelu", "Glu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh"}
+    | {"LeakyRelu", "LogSigmoid", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink"}
+    | {"Softplus", "Softsign", "SparsePlus", "Tanh", "TanhShrink", "Threshold"}
+)
+_OF_EACH_RANK = (
+    ("AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling", "Cropping")
+    + ("GlobalAveragePooling", "GlobalMaxPooling", "MaxPooling", "SpatialDropout")
+    + ("UpSampling", "ZeroPadding")
+)
+CARRIERS = frozenset(
+    {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in _OF_EACH_RANK}
+    | {"ActivityRegularization", "AlphaDropout", "CenterCrop", "Dropout", "Flatten"}
+    | {"GaussianDropout", "GaussianNoise", "Identity", "Masking", "Permute", "RepeatVector"}
+    | {"RandomContrast", "RandomCrop", "RandomFlip", "RandomRotation", "RandomTranslation"}
+    | {"RandomZoom", "AveragePool", "BroadcastTo", "Copy", "Diagonal", "ExpandDims", "Flip"}
+    | {"GetItem", "Max", "MaxPool", "Moveaxis", "Pad", "Ravel", "Repeat", "Reshape", "Roll"}
+    | {"Slice", "Split", "Squeeze", "StopGradient", "Swapaxes", "Take", "Tile", "Transpose"}
+    | {"Unstack"}
+)
+_UNIT = frozenset({"softmax", "sigmoid", "hardsigmoid"})
+_SIGNED_UNIT = frozenset({"tanh", "hardtanh"})
+
+
+class OutputRange(enum.Enum):
+    """How the range of an operation's outputs is known."""
+
+    DATA = "data"
+    UNIT = "unit"
+    SIGNED_UNIT = "signed unit"
+
+
+def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
+    """The operations of a model's graph whose outputs are quantized, by `id`: each output's range.
+
+    Nested models are left out; their own graphs hold what they quantize.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_qwrap.placement import output_ranges
+
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    )
+    found = output_ranges(model)
+    print([found[id(layer)][0].value for layer in model.layers if id(layer) in found])
+    # ['data', 'unit']
+    ```
+    """
+    nodes = graph_nodes(model)
+    readers: dict[int, list[GraphNode]] = {}
+    for node in nodes:
+        for tensor in node.inputs:
+            readers.setdefault(id(tensor), []).append(node)
+    ends = {id(tensor) for tensor in model.outputs}
+    found: dict[int, list[OutputRange]] = {}
+    for node in nodes:
+        operation = node.operation
+        if is_graph(operation) or kind(operation) in CARRIERS or not _is_float(node):
+            continue
+        fused = [
+            id(tensor) not in ends and _fuses(operation, readers.get(id(tensor), []))
+            for tensor in node.outputs
+        ]
+        if not all(fused):
+            found[id(operation)] = [_output_range(operation)] * len(node.outputs)
+    return found
+
+
+def kind(operation: Any) -> str:
+    """The name of the Keras class that an operation is, or is derived from."""
+    for cls in type(operation).__mro__:
+        if cls.__module__.split(".")[0] == "keras":
+            return cls.__name__
+    return ""
+
+
+def _is_float(node: GraphNode) -> bool:
+    return all("float" in keras.backend.standardize_dtype(t.dtype) for t in node.outputs)
+
+
+def _fuses(operation: Any, nodes: list[GraphNode]) -> bool:
+    """Whether the one reader of an output runs in the same integer kernel."""
+    if len(nodes) != 1:
+        return False
+    linear = kind(operation) in LINEAR and _activation_name(operation) in ("", "linear")
+    reader = kind(nodes[0].operation)
+    if reader == "BatchNormalization":
+        return linear
+    sums = kind(operation) in SUMS
+    return reader in ACTIVATIONS and (linear or sums or kind(operation) == "BatchNormalization")
+
+
+def _activation_name(operation: Any) -> str:
+    function: Callable | None = getattr(operation, "activation", None)
+    return getattr(function, "__name__", "unknown" if function else "")
+
+
+def _output_range(operation: Any) -> OutputRange:
+    name = kind(operation)
+    if name in LINEAR or name == "Activation":
+        name = _activation_name(operation)
+    name = name.lower().replace("_", "")
+    if name in _UNIT:
+        return OutputRange.UNIT
+    return OutputRange.SIGNED_UNIT if name in _SIGNED_UNIT else OutputRange.DATA

@@ -1,0 +1,131 @@
+"""Where activations are quantized: what fuses, what carries a grid, and which ranges are known."""
+
+import keras
+import pytest
+from keras import layers, ops
+
+from keras_qwrap.placement import ACTIVATIONS, CARRIERS, LINEAR, output_ranges
+
+
+def placed(model):
+    """`{operation name: kind of range}` of what is quantized in a model's graph."""
+    found = output_ranges(model)
+    graph = getattr(model, "operations", None) or model.layers
+    return {op.name: [r.value for r in found[id(op)]] for op in graph if id(op) in found}
+
+
+def chain(*parts, shape=(8, 8, 3)):
+    """A Functional model of layers or functions one after the other."""
+    inputs = tensor = keras.Input(shape, name="input")
+    for part in parts:
+        tensor = part(tensor)
+    return keras.Model(inputs, tensor)
+
+
+def conv(name="conv", **kwargs):
+    return layers.Conv2D(4, 3, padding="same", name=name, **kwargs)
+
+
+def norm(name="norm"):
+    return layers.BatchNormalization(name=name)
+
+
+def relu(name="relu"):
+    return layers.ReLU(name=name)
+
+
+DATA, UNIT, SIGNED = ["data"], ["unit"], ["signed unit"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ((conv(), norm(), relu()), {"relu": DATA}),
+        ((conv(), relu()), {"relu": DATA}),
+        ((conv(), norm()), {"norm": DATA}),
+        ((conv(),), {"conv": DATA}),
+        ((conv(activation="relu"), norm()), {"conv": DATA, "norm": DATA}),
+        ((conv(activation="relu"), relu()), {"conv": DATA, "relu": DATA}),
+        ((norm(), relu()), {"relu": DATA}),
+        ((relu(), norm("after")), {"relu": DATA, "after": DATA}),
+        ((conv(), layers.MaxPooling2D(name="pool"), relu()), {"conv": DATA, "relu": DATA}),
+        ((conv(), layers.Flatten(name="flat"), layers.Dropout(0.1, name="drop")), {"conv": DATA}),
+        ((conv(activation="softmax"),), {"conv": UNIT}),
+        ((conv(), layers.Softmax(name="softmax")), {"softmax": UNIT}),
+        ((conv(), layers.Activation("tanh", name="tanh")), {"tanh": SIGNED}),
+        ((conv(), layers.Activation("hard_sigmoid", name="gate")), {"gate": UNIT}),
+        ((conv(activation="sigmoid"), relu()), {"conv": UNIT, "relu": DATA}),
+    ],
+)
+def test_a_chain(parts, expected):
+    fresh = [type(part).from_config(part.get_config()) for part in parts]
+    assert placed(chain(*fresh)) == expected
+    fresh = [type(part).from_config(part.get_config()) for part in parts]
+    assert placed(keras.Sequential([keras.Input((8, 8, 3)), *fresh])) == expected
+
+
+def test_an_output_that_is_read_twice_or_leaves_the_model_does_not_fuse():
+    inputs = keras.Input((8, 8, 4))
+    first = conv("first")(inputs)
+    second = norm("second")(first)
+    model = keras.Model(inputs, [relu()(second), layers.Add(name="sum")([first, second])])
+    assert placed(model) == {"first": DATA, "second": DATA, "relu": DATA, "sum": DATA}
+    tensor = conv("last")(inputs)
+    assert placed(keras.Model(inputs, [tensor, relu()(tensor)])) == {"last": DATA, "relu": DATA}
+
+
+def test_a_residual_block_quantizes_both_summands_and_one_result():
+    inputs = keras.Input((8, 8, 4))
+    branch = norm("norm_b")(conv("conv_b")(relu("relu_a")(norm("norm_a")(conv("conv_a")(inputs)))))
+    model = keras.Model(inputs, relu("relu_sum")(layers.Add(name="sum")([branch, inputs])))
+    assert placed(model) == {"relu_a": DATA, "norm_b": DATA, "relu_sum": DATA}
+
+
+def test_functions_between_layers():
+    inputs = keras.Input((8, 8, 4))
+    tensor = ops.relu(conv()(inputs) + inputs)
+    tensor = ops.reshape(ops.multiply(tensor, tensor), (-1, 256))
+    model = keras.Model(inputs, ops.softmax(tensor))
+    kinds = sorted(placed(model).values())
+    assert kinds == [["data"], ["data"], ["data"], ["unit"]]  # conv, relu, product, softmax
+
+
+def test_a_shared_layer_fuses_only_if_it_does_so_everywhere():
+    shared = conv("shared")
+    inputs = keras.Input((8, 8, 4))
+    once = shared(inputs)
+    model = keras.Model(inputs, [relu("relu_1")(once), relu("relu_2")(shared(inputs))])
+    assert placed(model) == {"relu_1": DATA, "relu_2": DATA}
+    model = keras.Model(inputs, [relu("relu_3")(shared(inputs)), norm()(relu("r")(shared(inputs)))])
+    assert "shared" not in placed(model)
+    model = keras.Model(inputs, [relu("relu_4")(shared(inputs)), shared(inputs)])
+    assert placed(model) == {"shared": DATA, "relu_4": DATA}
+
+
+def test_several_outputs_integers_and_nested_models():
+    inputs = keras.Input((5, 3))
+    lstm = layers.LSTM(2, return_state=True, name="lstm")
+    assert placed(keras.Model(inputs, lstm(inputs))) == {"lstm": ["data"] * 3}
+    assert placed(keras.Model(inputs, ops.argmax(inputs, axis=-1))) == {}
+    inner = keras.Sequential([keras.Input((5, 3)), layers.Dense(2)], name="inner")
+    outer = keras.Model(inputs, layers.Dense(2, name="outer")(inner(inputs)))
+    assert placed(outer) == {"outer": DATA}
+    assert list(placed(inner).values()) == [DATA]
+
+
+def test_a_subclass_counts_as_the_layer_it_is_derived_from():
+    class OwnConv(layers.Conv2D):
+        pass
+
+    class OwnLayer(layers.Layer):
+        def call(self, inputs):
+            return inputs * 2.0
+
+    model = chain(OwnConv(4, 3, name="own"), relu(), OwnLayer(name="other"))
+    assert placed(model) == {"relu": DATA, "other": DATA}
+
+
+@pytest.mark.parametrize("name", sorted(LINEAR | ACTIVATIONS | CARRIERS))
+def test_every_name_in_the_tables_is_a_layer_or_a_function_of_keras(name):
+    function = "".join("_" * letter.isupper() + letter.lower() for letter in name).lstrip("_")
+    assert hasattr(layers, name) or hasattr(ops, function) or name == "GetItem"
