@@ -7,6 +7,7 @@ so that a graph compiler cannot change its result. The argument `xp` is the arra
 
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -84,6 +85,19 @@ def uniform_range(weight: Tensor, axes: Axes, min_threshold: float) -> tuple[Ten
 def widened_end(low: Tensor, high: Tensor, min_threshold: float, xp: Any) -> Tensor:
     """The upper end of a range that is at least `min_threshold` wide."""
     return xp.maximum(high, low + np.float32(min_threshold))
+
+
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of `x`; both, or one of them, NaN where `x` holds NaN.
+
+    Where no value is negative the first is any of them, where none is positive the second is: zero
+    is to be included. As integers, since float minima are slow under XLA, and drop a NaN in
+    TensorFlow's graphs; torch has no maxima of unsigned integers, and keeps NaN.
+    """
+    if keras.backend.backend() == "torch":
+        return ops.min(x), ops.max(x)
+    lowest, highest = (ops.max(ops.view(x, dtype=dtype)) for dtype in ("uint32", "int32"))
+    return ops.view(lowest, dtype="float32"), ops.view(highest, dtype="float32")
 
 
 def has_range(low: Tensor, high: Tensor, xp: Any) -> Tensor:

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_qwrap import ranges
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.fusion import fused
 from keras_qwrap.grids import IntegerGrid, float_array
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
@@ -22,12 +23,41 @@ from keras_qwrap.quantizers.inferable import (
 )
 from keras_qwrap.quantizers.stored_range import check_range
 from keras_qwrap.rounding import fake_quantize
-from keras_qwrap.tensors import Tensor, float32_input, read, to_numpy
+from keras_qwrap.tensors import Tensor, as_tensor, float32_input, read, to_numpy
 
-_WIDEST = np.float32(2.0**126)
-"""A wider range has a threshold that float32 cannot hold as a power of two."""
+_LARGEST = np.float32(2.0**125)
+"""Ends of larger magnitude may need a threshold that no power of two in float32 reaches."""
 
 _RANGE_KEYS = ("range_min", "range_max")
+_ENDS = ("min_range", "max_range")
+
+
+@fused
+def _values(x: Tensor, on: Tensor, *grid: Tensor) -> Tensor:
+    return ops.where(on > 0, fake_quantize(x, *grid), x)
+
+
+@fused
+def _masked(x: Tensor, dy: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    above = ops.greater_equal(x, (lowest - 0.5) * scale)
+    below = ops.less_equal(x, (highest + 0.5) * scale)
+    return ops.where(ops.logical_and(above, below), dy, 0.0)
+
+
+@ops.custom_gradient
+def _quantized_where(
+    x: Tensor, on: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
+) -> tuple:
+    """`fake_quantize` where `on` is 1; elsewhere `x`, for which the grid must be endless.
+
+    In one gradient, since a selection outside of it costs as much as the quantizer.
+    """
+
+    def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
+        dx = _masked(x, args[-1] if upstream is None else upstream, scale, lowest, highest)
+        return dx, *(ops.zeros_like(a) for a in (on, scale, lowest, highest))
+
+    return _values(x, on, scale, lowest, highest), grad
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -50,8 +80,9 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     inside half a step around the range, else 0.
 
     The state is in variables of the layer: `min_range` and `max_range`, `steps` (training calls
-    seen), `delay` (training calls that pass unquantized), `frozen` (the range stays as it is). A
-    batch with a NaN, an infinity or a range above 2**126 leaves the range as it was.
+    seen), `delay` (training calls that pass unquantized), `frozen` (a range, once there is one,
+    stays as it is). A batch with a NaN, an infinity or a value beyond 2**125 leaves the range as
+    it was.
 
     Args:
         quantization_config: `TrainableQuantizerActivationConfig`; its params may hold an initial
@@ -119,54 +150,49 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         self._require_variables("a call")
         if training:
             self._see(x)
-        low, high = self._read("min_range"), self._read("max_range")
-        quantizes = ranges.has_range(low, high, ops)
+        low, high = (self._read(role) for role in _ENDS)
+        on = ranges.has_range(low, high, ops)
         if training:
-            late = ops.greater(self._read("steps"), self._read("delay"))
-            quantizes = ops.logical_and(quantizes, late)
-        scale, lowest, highest = self._derive(low, high)
-        quantized = fake_quantize(x, scale, lowest, highest)
-        return ops.cast(ops.where(quantizes, quantized, x), dtype)
+            on = ops.logical_and(on, ops.greater(self._read("steps"), self._read("delay")))
+        return ops.cast(_quantized_where(x, *self._derive(low, high, on)), dtype)
 
     def _see(self, x: Tensor) -> None:
         """Move the range towards a batch's, and count the batch."""
-        x = ops.stop_gradient(x)
-        batch = {"min_range": ops.min(x), "max_range": ops.max(x)}
-        reach = sum(ops.abs(end) for end in batch.values())
-        moves = ops.logical_and(
-            ops.less_equal(reach, _WIDEST), ops.logical_not(self._read("frozen"))
-        )
-        batch = {
-            "min_range": ops.minimum(batch["min_range"], np.float32(0)),
-            "max_range": ops.maximum(batch["max_range"], np.float32(0)),
-        }
-        old = {role: self._read(role) for role in batch}
-        began = ranges.has_range(old["min_range"], old["max_range"], ops)
-        for role, end in batch.items():
-            kept = np.float32(self.momentum) * old[role]
-            moved = ops.where(began, kept + np.float32(1 - self.momentum) * end, end)
-            self.quantizer_parameters[role].assign(ops.where(moves, moved, old[role]))
+        lowest, highest = ranges.extremes(ops.stop_gradient(x))
+        usable = ops.logical_and(ops.abs(lowest) <= _LARGEST, ops.abs(highest) <= _LARGEST)
+        batch = ops.minimum(lowest, np.float32(0)), ops.maximum(highest, np.float32(0))
+        old = [self._read(role) for role in _ENDS]
+        began = ranges.has_range(*old, xp=ops)
+        stays = ops.logical_and(began, self._read("frozen"))
+        moves = ops.logical_and(usable, ops.logical_not(stays))
+        for role, start, end in zip(_ENDS, old, batch, strict=True):
+            mixed = np.float32(self.momentum) * start + np.float32(1 - self.momentum) * end
+            moved = ops.where(began, mixed, end)
+            self.quantizer_parameters[role].assign(ops.where(moves, moved, start))
         self.quantizer_parameters["steps"].assign(self._read("steps") + 1)
 
-    def _derive(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, and lowest and highest code minus the zero point, as tensors."""
+    def _derive(self, low: Tensor, high: Tensor, on: Tensor) -> tuple[Tensor, ...]:
+        """`on`, scale, and lowest and highest code minus the zero point, as float32 tensors."""
         config = self.quantization_config
         bits = config.activation_n_bits
         if config.quantization_method is QuantizationMethod.UNIFORM:
             high = ranges.widened_end(low, high, config.min_threshold, ops)
             scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
-            return scale, -zero_point, 2**bits - 1 - zero_point
-        threshold, signed = self._threshold(low, high, ops)
-        grids = IntegerGrid(bits, signed=True), IntegerGrid(bits, signed=False)
-        pairs = [
-            (ranges.symmetric_scale(threshold, bits, grid.signed), grid.lowest, grid.highest)
-            for grid in grids
-        ]
-        scale, lowest, highest = (
-            ops.where(signed, *(ops.convert_to_tensor(end, "float32") for end in ends))
-            for ends in zip(*pairs, strict=True)
-        )
-        return scale, lowest, highest
+            lowest, highest = -zero_point, 2**bits - 1 - zero_point
+        else:
+            threshold, signed = self._threshold(low, high, ops)
+            grids = IntegerGrid(bits, signed=True), IntegerGrid(bits, signed=False)
+            scale, lowest, highest = (
+                ops.where(signed, *(as_tensor(value, "float32") for value in pair))
+                for pair in (
+                    [ranges.symmetric_scale(threshold, bits, grid.signed) for grid in grids],
+                    [grid.lowest for grid in grids],
+                    [grid.highest for grid in grids],
+                )
+            )
+        endless = np.float32(np.inf)
+        lowest, highest = ops.where(on, lowest, -endless), ops.where(on, highest, endless)
+        return ops.cast(on, "float32"), scale, lowest, highest
 
     def _threshold(self, low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
         """Threshold, and whether the grid is signed."""
@@ -182,19 +208,19 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     def range(self) -> tuple[float, float] | None:
         """The stored range; None where there is none yet."""
         self._require_variables("range")
-        low, high = (to_numpy(self.quantizer_parameters[r]) for r in ("min_range", "max_range"))
+        low, high = (to_numpy(self.quantizer_parameters[role]) for role in _ENDS)
         return (low.item(), high.item()) if ranges.has_range(low, high, np) else None
 
     def set_range(self, low: float, high: float) -> None:
         """Store a range, widened to hold zero and to `min_threshold`.
 
         Raises:
-            TypeError, ValueError: an end is no finite number, `low > high`, the range is wider
-                than 2**126, or the layer is not built.
+            TypeError, ValueError: an end is no finite number or beyond 2**125, `low > high`, or
+                the layer is not built.
         """
         self._require_variables("set_range")
         checked = _check_ends("set_range", low, high, self.quantization_config.min_threshold)
-        for role, end in zip(("min_range", "max_range"), checked, strict=True):
+        for role, end in zip(_ENDS, checked, strict=True):
             self.quantizer_parameters[role].assign(end)
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
@@ -211,7 +237,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             )
         config = self.quantization_config
         bits = config.activation_n_bits
-        low, high = (to_numpy(self.quantizer_parameters[r]) for r in ("min_range", "max_range"))
+        low, high = (to_numpy(self.quantizer_parameters[role]) for role in _ENDS)
         if config.quantization_method is QuantizationMethod.UNIFORM:
             high = ranges.widened_end(low, high, config.min_threshold, np)
             return ActivationUniformInferableQuantizer(bits, low.item(), high.item())
@@ -280,8 +306,7 @@ def _check_ends(name: str, low: Any, high: Any, min_threshold: float) -> tuple[A
         raise bad_value(f"{name}: low", low, f"a number up to high, {high}", "Swap the two.")
     least = np.minimum(ends[0], np.float32(0))
     most = ranges.widened_end(least, np.maximum(ends[1], np.float32(0)), min_threshold, np)
-    if float(most) - float(least) > _WIDEST:
-        raise bad_value(
-            f"{name}: high", high, "a range of at most 2**126", "Narrow the range; it overflows."
-        )
+    if max(most, -least) > _LARGEST:
+        fix = "Narrow the range; float32 cannot hold its grid."
+        raise bad_value(name, (low, high), "a range inside +-2**125", fix)
     return least, most
