@@ -7,11 +7,9 @@ layers: what differs from 1 there is noise.
 """
 
 import argparse
-import datetime
 import json
 import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_qwrap as qi
+from benchmarks.machine import machine
 from keras_qwrap.rounding import fake_quantize
 
 SECONDS_A_BLOCK = 0.03
@@ -213,23 +212,6 @@ def measure(selected: str, instances: int, blocks: int) -> list[dict]:
             print(title, json.dumps(result), flush=True)
             results.append({"title": title, "sides": result})
     return results
-
-
-def machine() -> dict[str, str]:
-    """Where and with what the figures were measured."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": f"{model}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "keras_qwrap": qi.__version__,
-    }
 
 
 def write(results: list[dict], folder: pathlib.Path) -> None:
