@@ -1,0 +1,344 @@
+"""How a range is found in numbers that were seen: activations by samples, weights per channel.
+
+Everything here is numpy. A range `(low, high)` always holds zero.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from keras_qwrap import ranges
+from keras_qwrap.channels import make_channels
+from keras_qwrap.errors import bad_value
+from keras_qwrap.grids import IntegerGrid, float_array
+from keras_qwrap.quantizers.config import DEFAULT_MIN_THRESHOLD, QuantizationMethod, check_member
+
+METHODS = ("minmax", "moving_average", "percentile", "mse", "entropy")
+"""`minmax` and `moving_average` need only the ends of what was seen, the others samples as well."""
+
+_PERCENT = 99.99
+_BINS = 2048
+_TAIL = 1024
+_MIDDLE = 4096
+_COARSE = np.exp2(-np.arange(0, 8, 1 / 12))
+_WIDE = np.exp2(np.arange(-5, 1.1, 1 / 8))
+_FINE = np.exp2(np.arange(-4, 4.1) / 48)
+_WEIGHT_COARSE = np.exp2(-np.r_[0:0.25:16j, 0.3:1:12j, 1.1:4:18j])
+_WEIGHT_FINE = np.exp2(np.arange(-1, 1.1, 1 / 4) / 6)
+_BLOCK = 2**17
+
+Range = tuple[float, float]
+
+
+def find_range(
+    samples: Any,
+    low: float,
+    high: float,
+    method: str,
+    num_bits: int,
+    quantization_method: QuantizationMethod,
+) -> Range:
+    """The range for an activation quantizer, inside `low..high` widened to hold zero.
+
+    - `minmax`, `moving_average`: `low` and `high` themselves.
+    - `percentile`: the 0.01th and the 99.99th percentile of the samples.
+    - `mse`: the clipped range with the least mean squared error between the samples and their
+      values on the grid that a quantizer derives from it.
+    - `entropy`: the clipped range whose grid keeps most information: the least Kullback-Leibler
+      divergence between the samples' histogram of 2048 bins and the histogram that the grid leaves
+      of it (S. Migacz, "8-bit Inference with TensorRT", GPU Technology Conference 2017). Zeros,
+      which every grid holds, are left out of the histogram.
+
+    Args:
+        samples: the numbers seen, or a part of them; finite.
+        low: the least number seen.
+        high: the greatest number seen.
+        method: one of `METHODS`.
+        num_bits: width of the codes.
+        quantization_method: `UNIFORM`, `SYMMETRIC` or `POWER_OF_TWO`.
+
+    Raises:
+        ValueError: an unknown method, or numbers that are not finite.
+
+    Example:
+
+    ```python
+    import numpy as np
+    import keras_qwrap as qi
+    from keras_qwrap.range_search import find_range
+
+    x = np.random.default_rng(0).normal(size=10000)
+    low, high = find_range(x, x.min(), x.max(), "mse", 4, qi.QuantizationMethod.UNIFORM)
+    print(x.min() < low < -2, 2 < high < x.max())  # True True
+    ```
+    """
+    check_method(method)
+    samples = np.asarray(samples, dtype=np.float32).ravel()
+    ends = np.asarray([low, high], dtype=np.float32)
+    if not (np.all(np.isfinite(samples)) and np.all(np.isfinite(ends)) and low <= high):
+        raise bad_value(
+            "samples, low, high", (low, high), "finite numbers, low <= high", "Remove NaN first."
+        )
+    widest = (min(float(ends[0]), 0.0), max(float(ends[1]), 0.0))
+    if method in METHODS[:2] or samples.size == 0 or widest == (0.0, 0.0):
+        return widest
+    # Powers of two scale exactly, and keep the squares of huge and tiny numbers in float32.
+    unit = 2.0 ** np.frexp(max(-widest[0], widest[1]))[1]
+    x = np.clip(samples / unit, widest[0] / unit, widest[1] / unit).astype(np.float32)
+    scaled = (widest[0] / unit, widest[1] / unit)
+    if method == "percentile":
+        found = _percentile(x)
+    elif method == "mse":
+        found = _least_error(x, scaled, num_bits, quantization_method)
+    else:
+        found = _least_divergence(x, scaled, num_bits, quantization_method)
+    return float(max(found[0] * unit, widest[0])), float(min(found[1] * unit, widest[1]))
+
+
+def check_method(method: Any, name: str = "method") -> str:
+    """`method`, refused unless it is one of `METHODS`."""
+    if method not in METHODS:
+        raise bad_value(name, method, f"one of {', '.join(METHODS)}", "Choose one of them.")
+    return method
+
+
+def _percentile(x: np.ndarray) -> Range:
+    low, high = np.percentile(x.astype(np.float64), [100 - _PERCENT, _PERCENT])
+    return min(float(low), 0.0), max(float(high), 0.0)
+
+
+def grids(
+    low: np.ndarray, high: np.ndarray, num_bits: int, quantization_method: QuantizationMethod
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Step, lowest and highest whole step of the grids that quantizers derive from ranges."""
+    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+    if quantization_method is QuantizationMethod.UNIFORM:
+        step, zero_point = ranges.uniform_scale_and_zero_point(low, high, num_bits, np)
+        return step, -zero_point, np.float32(2**num_bits - 1) - zero_point
+    threshold, signed = ranges.covering_threshold(low, high, num_bits, 0.0, np)
+    if quantization_method is QuantizationMethod.POWER_OF_TWO:
+        threshold = ranges.next_power_of_two(threshold, np)
+    step = ranges.symmetric_scale(threshold, num_bits, False)
+    step = np.where(signed, np.float32(2) * step, step)
+    both, above = IntegerGrid(num_bits, True), IntegerGrid(num_bits, False)
+    lowest = np.where(signed, np.float32(both.lowest), np.float32(above.lowest))
+    return step, lowest, np.where(signed, np.float32(both.highest), np.float32(above.highest))
+
+
+def _errors(
+    x: np.ndarray,
+    weight: np.ndarray,
+    candidates: tuple[np.ndarray, np.ndarray],
+    num_bits: int,
+    method: QuantizationMethod,
+) -> np.ndarray:
+    """Weighted sum of squared errors of `x` for each candidate range."""
+    step, lowest, highest = (a[:, None] for a in grids(*candidates, num_bits, method))
+    y = x / step
+    np.round(y, out=y)
+    np.clip(y, lowest, highest, out=y)
+    y *= step
+    y -= x
+    np.square(y, out=y)
+    return y @ weight
+
+
+def mean_squared_error(
+    x: np.ndarray, low: float, high: float, num_bits: int, method: QuantizationMethod
+) -> float:
+    """Between numbers and their values on the grid of a range, in float64."""
+    step, lowest, highest = grids(np.float32(low), np.float32(high), num_bits, method)
+    y = np.clip(np.round(x / step), lowest, highest) * step
+    return float(np.mean(np.square(y.astype(np.float64) - x)))
+
+
+def _thinned(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A part of the numbers, and how many each stands for; the tails are kept whole."""
+    if x.size <= 2 * _TAIL + _MIDDLE:
+        return x, np.ones(x.size, np.float32)
+    x = np.sort(x)
+    middle = x[_TAIL:-_TAIL]
+    stride = -(-middle.size // _MIDDLE)
+    middle = middle[stride // 2 :: stride]
+    weight = np.ones(2 * _TAIL + middle.size, np.float32)
+    weight[_TAIL:-_TAIL] = (x.size - 2 * _TAIL) / middle.size
+    return np.concatenate([x[:_TAIL], middle, x[-_TAIL:]]), weight
+
+
+def _least_error(x: np.ndarray, widest: Range, num_bits: int, method: QuantizationMethod) -> Range:
+    """First both ends are moved together, then each alone, then both in finer steps."""
+    part, weight = _thinned(x)
+
+    def best(lows: np.ndarray, highs: np.ndarray) -> tuple[float, float]:
+        lows, highs = np.broadcast_arrays(np.maximum(lows, widest[0]), np.minimum(highs, widest[1]))
+        which = int(np.argmin(_errors(part, weight, (lows, highs), num_bits, method)))
+        return float(lows[which]), float(highs[which])
+
+    low, high = best(*_clipped(widest, _COARSE, method, num_bits))
+    if method is QuantizationMethod.SYMMETRIC:
+        low, high = best(*_clipped((low, high), _FINE, method, num_bits, widest))
+    elif method is QuantizationMethod.UNIFORM:
+        low, high = best(np.array(low), np.unique(high * _WIDE))
+        low, high = best(np.unique(low * _WIDE), np.array(high))
+        for factors in (_FINE**2, _FINE):
+            pairs = np.meshgrid(np.unique(low * factors), np.unique(high * factors))
+            low, high = best(*(ends.ravel() for ends in pairs))
+    given = mean_squared_error(x, *widest, num_bits, method)
+    found = mean_squared_error(x, low, high, num_bits, method)
+    return (low, high) if found < given else widest
+
+
+def _clipped(
+    ends: Range,
+    factors: np.ndarray,
+    method: QuantizationMethod,
+    num_bits: int,
+    widest: Range | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges clipped to `factors` times the largest magnitude of `ends`.
+
+    For a power of two the magnitudes are those that fill the grid of a power of two.
+    """
+    low, high = widest or ends
+    if method is QuantizationMethod.UNIFORM:
+        top = max(-ends[0], ends[1]) * factors
+        return np.maximum(low, -top), np.minimum(high, top)
+    step, lowest, highest = (float(a) for a in grids(*np.float32(ends), num_bits, method))
+    steps = step * factors
+    if method is QuantizationMethod.POWER_OF_TWO:
+        steps = step * np.exp2(-np.arange(8.0))
+    return np.maximum(low, lowest * steps), np.minimum(high, highest * steps)
+
+
+def _least_divergence(
+    x: np.ndarray, widest: Range, num_bits: int, method: QuantizationMethod
+) -> Range:
+    x = x[x != 0]
+    if x.size == 0:
+        return widest
+    counts, edges = np.histogram(x, bins=_BINS, range=widest)
+    centres = (edges[:-1] + edges[1:]) / 2
+    width = edges[1] - edges[0]
+    # A window of fewer bins than the grid has steps could tell nothing.
+    factors = np.arange(_BINS, 0, -16) / _BINS
+    lows, highs = _clipped(widest, factors, method, num_bits)
+    steps = grids(lows, highs, num_bits, method)[0]
+    enough = (highs - lows) / width >= 2**num_bits
+    enough[0] = True
+    divergences = [
+        _divergence(counts, centres, low, high, step, width)
+        for low, high, step in zip(lows[enough], highs[enough], steps[enough], strict=True)
+    ]
+    which = int(np.argmin(divergences))
+    return float(lows[enough][which]), float(highs[enough][which])
+
+
+def _divergence(
+    counts: np.ndarray, centres: np.ndarray, low: float, high: float, step: float, width: float
+) -> float:
+    """Between the clipped histogram and the one that a step leaves of it."""
+    first, last = np.searchsorted(centres, [low - width / 2, high + width / 2])
+    inside = counts[first:last].astype(np.float64)
+    expected = inside.copy()
+    expected[0] += counts[:first].sum()
+    expected[-1] += counts[last:].sum()
+    levels = np.floor((centres[first:last] - centres[first] + width / 2) / step).astype(np.int64)
+    present = inside > 0
+    total = np.bincount(levels, inside)
+    bins = np.bincount(levels, present)
+    left = np.where(present, (total / np.maximum(bins, 1))[levels], 0)
+    seen = expected > 0
+    p = expected[seen] / expected.sum()
+    q = np.maximum(left[seen] / max(left.sum(), 1), 1e-4 / _BINS)
+    return float(np.sum(p * np.log(p / q)))
+
+
+def weights_threshold(
+    weight: Any,
+    channel_axes: int | tuple[int, ...] | None,
+    num_bits: int,
+    method: QuantizationMethod | str,
+    min_threshold: float = DEFAULT_MIN_THRESHOLD,
+) -> np.ndarray:
+    """The threshold of each channel whose grid has the least mean squared error.
+
+    The grid is that of a given threshold, `[-t, t - t/2**(b-1)]`. No threshold is greater than
+    the one that clips nothing, `max|w| * 2**(b-1) / (2**(b-1) - 1)`, or the power of two above it,
+    and no error is greater than with that one.
+
+    Args:
+        weight: finite numbers of any shape.
+        channel_axes: the kept axes, ascending; None for one threshold.
+        num_bits: width of the codes.
+        method: `SYMMETRIC` or `POWER_OF_TWO`, or its name.
+        min_threshold: floor under the thresholds, for channels that are all zero.
+
+    Returns:
+        float32 array with one dimension for each kept axis.
+
+    Raises:
+        TypeError, ValueError: another method, axes that the weight lacks, or weights that are not
+            finite.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_qwrap.range_search import weights_threshold
+
+    kernel = np.random.default_rng(0).normal(size=(500, 2)) * [1, 10]
+    found = weights_threshold(kernel, -1, 4, "symmetric")
+    print(found.shape, np.all(found < np.abs(kernel).max(axis=0)))  # (2,) True
+    ```
+    """
+    weight = float_array("weight", weight)
+    name = method.upper() if isinstance(method, str) else method
+    method = check_member("method", name, QuantizationMethod)
+    if method not in (QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO):
+        raise bad_value("method", method, "SYMMETRIC or POWER_OF_TWO", "Choose one of the two.")
+    per_channel = channel_axes is not None
+    kept = make_channels(per_channel, channel_axes, max(weight.ndim, 1)).kept
+    rows = np.moveaxis(weight, kept, range(len(kept)))
+    shape = rows.shape[: len(kept)]
+    rows = rows.reshape(int(np.prod(shape)), -1)
+    per_block = max(1, _BLOCK // rows.shape[1])
+    blocks = [rows[i : i + per_block] for i in range(0, len(rows), per_block)]
+    found = np.concatenate([_thresholds(block, num_bits, method) for block in blocks])
+    floor = np.float32(min_threshold)
+    if method is QuantizationMethod.POWER_OF_TWO:
+        floor = ranges.next_power_of_two(floor, np)
+    return np.maximum(found, floor).reshape(shape)
+
+
+def _thresholds(rows: np.ndarray, num_bits: int, method: QuantizationMethod) -> np.ndarray:
+    """One threshold for each row."""
+    half = np.float32(2 ** (num_bits - 1))
+    top = np.max(np.abs(rows), axis=1)
+    unit = ranges.next_power_of_two(top, np)
+    x = rows / unit[:, None]
+    widest = top / unit * (half / (half - 1))
+    if method is QuantizationMethod.POWER_OF_TWO:
+        widest = ranges.next_power_of_two(widest, np)
+        rounds = [np.exp2(-np.arange(6.0))]
+    else:
+        rounds = [_WEIGHT_COARSE, _WEIGHT_FINE]
+    error, best = _row_errors(x, widest, half), widest
+    for factors in rounds:
+        centre = best
+        for factor in factors.astype(np.float32):
+            threshold = np.minimum(centre * factor, widest)
+            new = _row_errors(x, threshold, half)
+            best = np.where(new < error, threshold, best)
+            error = np.minimum(new, error)
+    return best * unit
+
+
+def _row_errors(x: np.ndarray, threshold: np.ndarray, half: np.float32) -> np.ndarray:
+    """Sum of squared errors of each row on the grid of its threshold."""
+    step = np.where(threshold > 0, threshold / half, np.float32(1))[:, None]
+    y = x / step
+    np.round(y, out=y)
+    np.clip(y, -half, half - 1, out=y)
+    y *= step
+    y -= x
+    return np.einsum("ij,ij->i", y, y, dtype=np.float64)

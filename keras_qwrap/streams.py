@@ -1,0 +1,275 @@
+"""Any kind of data as batches of numpy arrays that fit a model's inputs.
+
+No framework is imported: tensors of all of them are recognized by what they can do.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import count, islice
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_qwrap.errors import bad_type, bad_value
+
+_KINDS = "an array or several, a dataset, a generator or another iterable of batches"
+
+
+def batches(
+    model: keras.Model, data: Any, batch_size: int = 32, steps: int | None = None
+) -> Iterator[Any]:
+    """The inputs in `data`, one batch at a time, in the structure that `model` takes.
+
+    Targets and sample weights are dropped. No batch is held while the next one is made.
+
+    Args:
+        model: a built model.
+        data: one of
+            - an array;
+            - a dictionary of arrays, by input name, or a tuple or list of as many arrays as the
+              model has inputs;
+            - a tuple `(x, y)` or `(x, y, sample_weight)`, where `x` is one of the above;
+            - a `keras.utils.PyDataset`;
+            - an iterable of batches, each one of the first three, such as a `tf.data.Dataset`, a
+              PyTorch `DataLoader`, a generator or a list.
+        batch_size: rows of each batch, for whole arrays.
+        steps: the most batches to take; needed for data without end.
+
+    Raises:
+        TypeError, ValueError: `data` is of no such kind, or without end, or yields nothing; a
+            batch has another number of inputs or shape than the model, values that are no
+            numbers, NaN or infinity.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    from keras_qwrap.streams import batches
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    found = batches(model, np.zeros((5, 3)), batch_size=2)
+    print([batch.shape for batch in found])  # [(2, 3), (2, 3), (1, 3)]
+    ```
+    """
+    _check_count("batch_size", batch_size)
+    if steps is not None:
+        _check_count("steps", steps)
+    expected = _expected_inputs(model)
+    raw = _raw_batches(data, expected, batch_size)
+    if steps is None and _is_endless(data):
+        raise bad_value("steps", None, "a number of batches", "The data has no end of its own.")
+    return _checked(islice(raw, steps), expected)
+
+
+def number_of_batches(
+    model: keras.Model, data: Any, batch_size: int = 32, steps: int | None = None
+) -> int | None:
+    """How many batches there will be, at most; None where only running through them can tell."""
+    known: Any = None
+    whole = _whole_inputs(data, _expected_inputs(model))
+    if whole is not None:
+        known = -(-len(keras.tree.flatten(whole)[0]) // batch_size)
+    elif isinstance(data, keras.utils.PyDataset):
+        known = data.num_batches
+    elif hasattr(data, "cardinality"):
+        known = int(data.cardinality())
+    elif hasattr(data, "__len__"):
+        known = len(data)
+    if known is None or not 0 <= known < float("inf"):
+        return steps
+    return int(known) if steps is None else min(int(known), steps)
+
+
+def _check_count(name: str, value: Any) -> None:
+    fix = "Pass for example 32."
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise bad_type(name, value, "a positive whole number", fix)
+    if value < 1:
+        raise bad_value(name, value, "a positive whole number", fix)
+
+
+def _expected_inputs(model: keras.Model) -> Any:
+    """The symbolic inputs in the model's structure; None for a subclassed model."""
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
+    return model.input if hasattr(model, "operations") else None
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and hasattr(value, "shape")
+
+
+def _without_targets(batch: Any, expected: Any) -> Any:
+    """`x` of `x`, `(x, y)` or `(x, y, sample_weight)`.
+
+    As many arrays as the model has inputs, several of them, are its inputs.
+    """
+    if not isinstance(batch, (list, tuple)):
+        return batch
+    number = len(keras.tree.flatten(expected))
+    if number > 1 and len(batch) == number and all(_is_array(part) for part in batch):
+        return list(batch)
+    if not 1 <= len(batch) <= 3:
+        raise bad_value(
+            "data",
+            f"{len(batch)} parts",
+            "x, (x, y) or (x, y, sample_weight), where x holds all inputs",
+            "Put several inputs into one list or dictionary.",
+        )
+    return keras.utils.unpack_x_y_sample_weight(tuple(batch))[0]
+
+
+def _whole_inputs(data: Any, expected: Any) -> Any:
+    """The inputs where `data` holds whole arrays; None where it is an iterable of batches."""
+    if _is_array(data) or isinstance(data, Mapping):
+        return data
+    if isinstance(data, tuple):
+        return _without_targets(data, expected)
+    number = 0 if expected is None else len(keras.tree.flatten(expected))
+    as_many = isinstance(data, list) and len(data) == number
+    return list(data) if as_many and all(_is_array(part) for part in data) else None
+
+
+def _raw_batches(data: Any, expected: Any, batch_size: int) -> Iterator[Any]:
+    whole = _whole_inputs(data, expected)
+    if whole is not None:
+        return _slices(whole, batch_size)
+    if isinstance(data, keras.utils.PyDataset):
+        number = data.num_batches
+        endless = number is None or number == float("inf")
+        items = map(data.__getitem__, count() if endless else range(number))
+        return map(partial(_without_targets, expected=expected), items)
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        fix = "Call the generator function first." if callable(data) else "Pass the model's inputs."
+        raise bad_type("data", data, _KINDS, fix)
+    return map(partial(_without_targets, expected=expected), data)
+
+
+def _is_endless(data: Any) -> bool:
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches in (None, float("inf"))
+    return hasattr(data, "cardinality") and int(data.cardinality()) == -1
+
+
+def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
+    """Whole arrays cut along their first axis."""
+    arrays = keras.tree.flatten(whole)
+    shapes = [tuple(getattr(array, "shape", ())) for array in arrays]
+    lengths = {shape[0] if shape else None for shape in shapes}
+    if len(lengths) != 1 or None in lengths:
+        raise bad_value(
+            "data",
+            f"inputs of shapes {shapes}",
+            "arrays with the same number of rows",
+            "Stack the examples along the first axis.",
+        )
+    starts = range(0, lengths.pop(), batch_size)
+    return (
+        keras.tree.map_structure(lambda array, i=start: array[i : i + batch_size], whole)
+        for start in starts
+    )
+
+
+def _checked(raw: Iterator[Any], expected: Any) -> Iterator[Any]:
+    """Batches as numpy arrays; `map` holds none of them while the next one is made."""
+    check = _Check(expected)
+    yield from map(check, raw)
+    if check.index == 0:
+        raise bad_value(
+            "data", "no batch", "at least one", "A generator gives its batches only once."
+        )
+
+
+class _Check:
+    """Turns each batch into numpy arrays in the model's structure, or refuses it."""
+
+    def __init__(self, expected: Any) -> None:
+        self.expected = expected
+        self.index = 0
+        self._ranks: list[int] | None = None
+
+    def __call__(self, inputs: Any) -> Any:
+        where = f"batch {self.index}"
+        if self.expected is not None:
+            inputs = _matched(inputs, self.expected, where)
+        arrays = keras.tree.map_structure(lambda value: _array(value, where), inputs)
+        flat = keras.tree.flatten(arrays)
+        if len({len(array) for array in flat}) != 1:
+            shapes = [array.shape for array in flat]
+            raise bad_value(where, shapes, "inputs with as many rows as each other", "Match them.")
+        if self.expected is not None:
+            for array, tensor in zip(flat, keras.tree.flatten(self.expected), strict=True):
+                _check_shape(array, tensor, where)
+        ranks = [array.ndim for array in flat]
+        if self._ranks not in (None, ranks):
+            raise bad_value(
+                where, f"inputs of ranks {ranks}", f"{self._ranks} as before", "Match the batches."
+            )
+        self._ranks = ranks
+        self.index += 1
+        return arrays
+
+
+def _matched(inputs: Any, expected: Any, where: str) -> Any:
+    """The inputs in the structure of the expected ones; other keys of a dictionary are left out."""
+    fix = "Pass the inputs in the model's structure."
+    if isinstance(inputs, Mapping):
+        tensors = keras.tree.flatten(expected)
+        keys = list(expected) if isinstance(expected, Mapping) else [t.name for t in tensors]
+        if not set(keys) <= set(inputs):
+            raise bad_value(where, f"inputs {list(inputs)}", f"inputs {keys}", fix)
+        if isinstance(expected, Mapping):
+            return {key: _matched(inputs[key], expected[key], where) for key in keys}
+        return keras.tree.map_structure(lambda tensor: inputs[tensor.name], expected)
+    flat = [inputs] if _is_array(inputs) else keras.tree.flatten(inputs)
+    number = len(keras.tree.flatten(expected))
+    if len(flat) != number:
+        raise bad_value(where, f"{len(flat)} input(s)", f"{number} input(s)", fix)
+    if isinstance(expected, Mapping) and number > 1:
+        raise bad_value(where, "inputs without names", f"a dictionary of {list(expected)}", fix)
+    return keras.tree.pack_sequence_as(expected, flat)
+
+
+def _array(value: Any, where: str) -> np.ndarray:
+    """A tensor of any framework as an array of finite numbers, floats in Keras' own float type."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+    array = np.asarray(value)
+    is_float = "float" in array.dtype.name
+    if not is_float and array.dtype.kind not in "biu":
+        fix = "Convert the values to float32 or integers."
+        raise bad_type(where, f"values of dtype {array.dtype.name}", "numbers", fix)
+    if array.ndim == 0 or array.size == 0:
+        raise bad_value(
+            where, f"an array of shape {array.shape}", "a batch of examples", "Drop it."
+        )
+    if is_float:
+        with np.errstate(over="ignore"):
+            array = array.astype(keras.config.floatx(), copy=False)
+        finite = np.isfinite(array)
+        if not finite.all():
+            number = array.size - np.count_nonzero(finite)
+            raise bad_value(
+                where,
+                f"{number} of {array.size} values that are NaN or infinite",
+                "finite numbers",
+                "Remove or replace them (`numpy.nan_to_num`).",
+            )
+    return array
+
+
+def _check_shape(array: np.ndarray, tensor: keras.KerasTensor, where: str) -> None:
+    shape = tuple(tensor.shape)
+    fits = len(shape) == array.ndim and all(
+        wanted in (None, given) for wanted, given in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise bad_value(
+            where,
+            f"shape {array.shape} for input '{tensor.name}'",
+            f"shape {shape}",
+            "Batch the data, and give it the shape that the model was built for.",
+        )
