@@ -1,9 +1,14 @@
 """Whole models: conversion for inference, and back to plain Keras."""
 
+from typing import Any
+
 import keras
+import numpy as np
 
 from keras_qwrap.copying import Copier, check_graph
+from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.quantizing_layer import QuantizingLayer, refuse_inner_wrappers
+from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
 def convert_to_inferable(model: keras.Model) -> keras.Model:
@@ -46,3 +51,96 @@ class _Converter(Copier):
             return layer.convert_to_inferable_quantizers()
         refuse_inner_wrappers(layer)
         return self.plain_copy(layer)
+
+
+def unwrap_model(model: keras.Model) -> keras.Model:
+    """A new model of plain Keras layers, which hold the dequantized weights of `model`.
+
+    Every wrapper, also in nested models, is replaced by a copy of its layer under the wrapper's
+    name, with the weights of `get_quantized_weights`: `w = (code - zero_point) * scale`, and all
+    others as they are. Holders disappear. Every other layer is replaced by a copy with the same
+    weights, shared layers stay shared, and `model` is left as it is. Files of the new model load
+    without this package.
+
+    Activations are no longer quantized: the outputs equal those of `model` in inference only where
+    no activation is quantized. Activity regularizers of wrappers and holders go with them; layers
+    that were frozen, as conversion leaves them, stay frozen.
+
+    Args:
+        model: a built Functional or Sequential model, quantization-aware, converted or plain.
+
+    Raises:
+        TypeError: the model is neither Functional nor Sequential.
+        ValueError: the model is not built, a wrapper sits inside a layer that is no model, or a
+            converted layer's weight is no longer on its grid.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_qwrap as qi
+    from keras_qwrap.models import unwrap_model
+
+    config = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC, 8)
+    dense = qi.KerasQuantizationWrapper(
+        keras.layers.Dense(2, name="dense"), {"kernel": qi.STEWeightQATQuantizer(config)}
+    )
+    model = keras.Sequential([keras.Input((3,)), dense])
+    plain = unwrap_model(model)
+    print(type(plain.get_layer("dense")).__name__)  # Dense
+    difference = plain.layers[0].kernel - dense.get_quantized_weights()["kernel"]
+    print(float(keras.ops.max(keras.ops.abs(difference))))  # 0.0
+    ```
+    """
+    check_graph(model)
+    return _Unwrapper().copy_model(model)
+
+
+class _Unwrapper(Copier):
+    def __init__(self) -> None:
+        super().__init__()
+        self._dequantized: list[tuple[keras.Layer, keras.Layer, dict[int, np.ndarray]]] = []
+
+    def copy_model(self, model: keras.Model) -> keras.Model:
+        new = super().copy_model(model)
+        for source, target, weights in self._dequantized:
+            for old, variable in zip(source.variables, target.variables, strict=True):
+                if id(old) in weights:
+                    variable.assign(weights[id(old)])
+        return new
+
+    def new_layer(self, layer: keras.Layer) -> keras.Layer | None:
+        if isinstance(layer, KerasActivationQuantizationHolder):
+            return None
+        inner, weights = _unwrapped(layer)
+        refuse_inner_wrappers(inner)
+        new = self.plain_copy(inner)
+        new.name = layer.name
+        self._dequantized.append((inner, new, weights))
+        return new
+
+    def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
+        if new is None:
+            return args[0] if args else kwargs["inputs"]
+        return new(*args, **kwargs)
+
+    def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
+        """Never empty, since Keras does not build a Sequential model without layers."""
+        return super().sequential_layers(model) or [keras.layers.Identity()]
+
+
+def _unwrapped(layer: keras.Layer) -> tuple[keras.Layer, dict[int, np.ndarray]]:
+    """The layer inside all wrappers, and its quantized weights by the `id` of their variables.
+
+    A wrapper around a wrapper hands on the weights that it has quantized, as in a call.
+    """
+    weights: dict[int, np.ndarray] = {}
+    replaced: list[tuple[keras.Variable, np.ndarray]] = []
+    while isinstance(layer, KerasQuantizationWrapper):
+        with keras.StatelessScope(replaced):
+            found = layer.get_quantized_weights()
+        replaced += [(layer.latent_weight(path), weight) for path, weight in found.items()]
+        layer = layer.layer
+    for variable, weight in replaced:
+        weights[id(variable)] = weight
+    return layer, weights
