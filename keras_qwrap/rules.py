@@ -1,0 +1,191 @@
+"""Rules: which layers of a model a recipe treats otherwise, and how."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from keras_qwrap.channels import check_bool
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec, nearest
+from keras_qwrap.weight_paths import default_weights
+
+FLOAT: Literal["float"] = "float"
+
+_MATCHES = ("name", "pattern", "layer_class", "position", "predicate")
+SPECS: dict[str, type[Declared]] = {"weights": WeightsSpec, "activations": ActivationSpec}
+
+
+def check_spec(name: str, spec: Any, cls: type) -> None:
+    """Refuse anything but a spec of type `cls` and "float"."""
+    if not isinstance(spec, cls) and not (isinstance(spec, str) and spec == FLOAT):
+        fix = f"Pass for example {cls.__name__}(4)."
+        raise bad_type(name, spec, f"'float' or of type {cls.__name__}", fix)
+
+
+def with_specs(config: Any) -> Any:
+    """`config` with specs where it holds dictionaries that describe them."""
+    if not isinstance(config, Mapping):
+        return config
+    read = {
+        name: cls.from_config(config[name])
+        for name, cls in SPECS.items()
+        if isinstance(config.get(name), Mapping)
+    }
+    return {**config, **read}
+
+
+def without_specs(config: dict) -> dict:
+    """`config` with dictionaries in the place of specs."""
+    return {
+        name: value.get_config() if isinstance(value, Declared) else value
+        for name, value in config.items()
+    }
+
+
+def _class_names(layer: keras.Layer) -> list[str]:
+    return [keras.saving.get_registered_name(base) for base in type(layer).__mro__]
+
+
+@dataclass(frozen=True, repr=False)
+class Rule(Declared):
+    """How a recipe treats some layers; exactly one of the first five arguments says which.
+
+    A rule sees the layers of a model and of models inside it, not layers inside other layers.
+
+    Args:
+        name: the name of one layer.
+        pattern: a regular expression that a layer's whole name matches.
+        layer_class: a layer class or its registered name; its subclasses match as well.
+        position: 0 for the first layer, -1 for the last, and so on as in a list, among the layers
+            that have weights to quantize.
+        predicate: a function of a layer that returns True or False; it cannot be saved.
+        weights: a `WeightsSpec`, "float" to leave weights in float, or None: as the recipe says.
+        activations: an `ActivationSpec`, "float", or None: as the recipe says.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or none or several of the first
+            five are given.
+
+    Example:
+
+    ```python
+    from keras_qwrap.rules import Rule
+    from keras_qwrap.specs import WeightsSpec
+
+    print(Rule(pattern="block[0-9]_conv", weights=WeightsSpec(4)))
+    print(Rule.leave_in_float(position=0).activations)  # float
+    ```
+    """
+
+    name: str | None = None
+    pattern: str | None = None
+    layer_class: type[keras.Layer] | str | None = None
+    position: int | None = None
+    predicate: Callable[[keras.Layer], bool] | None = None
+    weights: WeightsSpec | Literal["float"] | None = None
+    activations: ActivationSpec | Literal["float"] | None = None
+
+    def __post_init__(self) -> None:
+        given = [match for match in _MATCHES if getattr(self, match) is not None]
+        if len(given) != 1:
+            fix = "Make a rule of each; the first that matches a layer decides."
+            raise bad_value("rule", self, f"exactly one of {', '.join(_MATCHES)}", fix)
+        checked = getattr(self, f"_checked_{given[0]}")(getattr(self, given[0]))
+        object.__setattr__(self, given[0], checked)
+        for name, cls in SPECS.items():
+            if getattr(self, name) is not None:
+                check_spec(f"{name} of {self}", getattr(self, name), cls)
+
+    def _checked_name(self, name: Any) -> str:
+        if not isinstance(name, str):
+            raise bad_type(f"name of {self}", name, "a string", "Pass a layer's name.")
+        return name
+
+    def _checked_pattern(self, pattern: Any) -> str:
+        if not isinstance(pattern, str):
+            fix = "Pass for example 'block[0-9]_conv'."
+            raise bad_type(f"pattern of {self}", pattern, "a string", fix)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            wrong = f"Python's `re` says: {error}."
+            raise bad_value(f"pattern of {self}", pattern, "a regular expression", wrong) from error
+        return pattern
+
+    def _checked_layer_class(self, layer_class: Any) -> str:
+        if isinstance(layer_class, type) and issubclass(layer_class, keras.Layer):
+            return keras.saving.get_registered_name(layer_class)
+        if isinstance(layer_class, str):
+            return layer_class
+        fix = "Pass for example keras.layers.Conv2D."
+        raise bad_type(f"layer_class of {self}", layer_class, "a layer class or its name", fix)
+
+    def _checked_position(self, position: Any) -> int:
+        if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
+            fix = "Pass 0 for the first, -1 for the last."
+            raise bad_type(f"position of {self}", position, "an int", fix)
+        return int(position)
+
+    def _checked_predicate(self, predicate: Any) -> Callable:
+        if not callable(predicate):
+            fix = "Pass for example lambda layer: layer.count_params() < 1000."
+            raise bad_type(f"predicate of {self}", predicate, "a function of a layer", fix)
+        return predicate
+
+    @classmethod
+    def leave_in_float(cls, **match: Any) -> "Rule":
+        """A rule that leaves weights and activations in float; `match` says of which layers."""
+        return cls(**match, weights=FLOAT, activations=FLOAT)
+
+    def get_config(self) -> dict:
+        """The given arguments as plain values; a predicate is refused."""
+        if self.predicate is not None:
+            fix = "Match by name, pattern, layer_class or position instead."
+            expected = "no predicate, since a function cannot be saved"
+            raise bad_type(f"predicate of {self}", self.predicate, expected, fix)
+        return without_specs(self.given())
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Rule":
+        """The rule that `get_config` described."""
+        try:
+            return super().from_config(with_specs(config))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"rule {config}: {error}") from error
+
+    def select(self, layers: Sequence[keras.Layer]) -> list[int]:
+        """Indices of the layers that this rule matches."""
+        if self.position is None:
+            return [index for index, layer in enumerate(layers) if self._matches(layer)]
+        counted = [index for index, layer in enumerate(layers) if default_weights(layer)]
+        inside = -len(counted) <= self.position < len(counted)
+        return [counted[self.position]] if inside else []
+
+    def _matches(self, layer: keras.Layer) -> bool:
+        if self.name is not None:
+            return layer.name == self.name
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, layer.name) is not None
+        if self.predicate is None:
+            return self.layer_class in _class_names(layer)
+        answer = self.predicate(layer)
+        return check_bool(f"answer of {self} for layer '{layer.name}'", answer)
+
+    def matches_nothing(self, layers: Sequence[keras.Layer]) -> None:
+        """Refuse a name, and warn of anything else, that no layer has."""
+        names = [layer.name for layer in layers]
+        if self.name is not None:
+            fix = f"Nearest names: {nearest(self.name, names)}."
+            raise bad_value(f"name in {self}", self.name, "the name of a layer of the model", fix)
+        hint = f"The layers are {nearest('', names)}."
+        if self.pattern is not None:
+            hint = f"Nearest names: {nearest(self.pattern, names)}."
+        elif self.layer_class is not None:
+            classes = [keras.saving.get_registered_name(type(layer)) for layer in layers]
+            hint = f"Nearest classes: {nearest(str(self.layer_class), classes)}."
+        warnings.warn(f"{self} matches no layer of the model. {hint}", stacklevel=3)
