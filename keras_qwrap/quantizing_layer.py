@@ -186,7 +186,7 @@ class QuantizingLayer(keras.layers.Layer):
 def quantizers_in(layer: keras.Layer) -> list[tuple[QuantizingLayer, str, Quantizer]]:
     """Every quantizer in `layer` and the layers inside it: its owner, its role, itself.
 
-    The role is a weight's path, or `output_0`, ...
+    The role is a weight's path, or `output_0`, ... The owners come in no particular order.
     """
     rows: list[tuple[QuantizingLayer, str, Quantizer]] = []
     for owner in _owners(layer):

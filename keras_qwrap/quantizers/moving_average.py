@@ -161,8 +161,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         lowest, highest = ranges.extremes(ops.stop_gradient(x))
         usable = ops.logical_and(ops.abs(lowest) <= _LARGEST, ops.abs(highest) <= _LARGEST)
         batch = ops.minimum(lowest, np.float32(0)), ops.maximum(highest, np.float32(0))
-        old = [self._read(role) for role in _ENDS]
-        began = ranges.has_range(*old, xp=ops)
+        old = self._read("min_range"), self._read("max_range")
+        began = ranges.has_range(*old, ops)
         stays = ops.logical_and(began, self._read("frozen"))
         moves = ops.logical_and(usable, ops.logical_not(stays))
         for role, start, end in zip(_ENDS, old, batch, strict=True):
