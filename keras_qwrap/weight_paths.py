@@ -1,4 +1,4 @@
-"""Weights by name: attribute paths on a layer, and the short names of well-known layers."""
+"""Weights by name: attribute paths on a layer, and those that are quantized by default."""
 
 import difflib
 from typing import Any
@@ -6,24 +6,9 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.layer_weights import Axes, Row, find_row, resolve_alias
 from keras_qwrap.substitution import is_rematerialized, sublayers
 from keras_qwrap.tensors import to_numpy
-
-ALIASES = {
-    "MultiHeadAttention": {
-        "query": "query_dense",
-        "key": "key_dense",
-        "value": "value_dense",
-        "output": "output_dense",
-    },
-    "GroupedQueryAttention": {
-        "query": "query_dense",
-        "key": "key_dense",
-        "value": "value_dense",
-        "output": "output_dense",
-    },
-}
-"""Class name -> short first part of a path -> attribute. Private attributes are found as well."""
 
 
 def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
@@ -105,24 +90,28 @@ def _get(parent: Any, part: str) -> Any:
     return getattr(parent, part, getattr(parent, f"_{part}", None))
 
 
+def _follow(layer: keras.Layer, path: str) -> Any:
+    """What `path` leads to, None where that is nothing."""
+    first, *rest = path.split("/")
+    found: Any = layer
+    for part in [resolve_alias(layer, first), *rest]:
+        found = _get(found, part)
+    return found
+
+
 def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
     """The variable of a built layer that `path` names.
 
     Args:
         layer: a built layer.
         path: attributes, list indices and dictionary keys joined by `/`; the first part may be one
-            of the layer's `ALIASES`.
+            of the layer's aliases (see `layer_weights`).
 
     Raises:
         ValueError: there is no such weight; the message lists those that exist.
         TypeError: what the path leads to is not a floating-point `keras.Variable`.
     """
-    first, _, rest = path.partition("/")
-    for cls in type(layer).__mro__:
-        first = ALIASES.get(cls.__name__, {}).get(first, first)
-    found: Any = layer
-    for part in [first, *rest.split("/")] if rest else [first]:
-        found = _get(found, part)
+    found = _follow(layer, path)
     if isinstance(found, keras.Variable) and any(found is v for v in layer.weights):
         if "float" not in found.dtype:
             raise bad_type(path, found.dtype, "a floating-point weight", "Leave it out.")
@@ -145,7 +134,13 @@ def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
 
 
 def find_weights(layer: keras.Layer, paths: list[str]) -> list[tuple[str, keras.Variable]]:
-    """Each path with the variable that it names; two paths to one variable are refused."""
+    """Each path with the variable that it names.
+
+    Raises:
+        ValueError: no weight is there, two paths name one variable, or two paths are the same
+            once `/` is written as `_`, as in the names of the quantizers' variables.
+        TypeError: as `find_weight`.
+    """
     found: list[tuple[str, keras.Variable]] = []
     for path in paths:
         variable = find_weight(layer, path)
@@ -157,8 +152,151 @@ def find_weights(layer: keras.Layer, paths: list[str]) -> list[tuple[str, keras.
                     f"another weight than '{other}', which it names as well",
                     "Drop one of the two.",
                 )
+            if other.replace("/", "_") == path.replace("/", "_"):
+                raise bad_value(
+                    "weights_quantizers",
+                    path,
+                    f"a path that differs from '{other}' in more than '/' and '_'",
+                    "Their quantizers' variables would have the same names. Rename an attribute "
+                    "of the layer, or quantize one of the two.",
+                )
         found.append((path, variable))
     return found
+
+
+def default_weights(layer: keras.Layer) -> dict[str, Axes]:
+    """The weights of a built layer that are quantized by default, and the axes that are kept.
+
+    The layers inside count with it. Each layer class follows its row in
+    `layer_weights.ROWS`; a row of an outer layer goes before those of the layers inside. Where
+    there is no row, the trainable floating-point weights of largest rank that the class itself
+    owns are taken if that rank is 2 or more, with a range for each index of the last axis.
+
+    Args:
+        layer: a built layer; layers inside that are not built yet have no weights.
+
+    Returns:
+        `{path: axes}` in the order of `weight_paths`; axes None stand for one range for the whole
+        weight. A weight with several owners is there once. `weight_reason` says why the others
+        are not there.
+
+    Raises:
+        ValueError: the layer is not built, or registered axes do not fit the weight.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_qwrap.weight_paths import default_weights
+
+    layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
+    layer.build((None, 3, 4))
+    print(list(default_weights(layer))[:2])  # ['backward_layer/cell/kernel', 'backward_layer/ce...
+    print(set(default_weights(layer).values()))  # {-1}
+    ```
+    """
+    if not layer.built:
+        raise bad_value(
+            "layer",
+            f"layer '{layer.name}', which is not built",
+            "a built layer",
+            "Call it or build it first.",
+        )
+    inside = sublayers(layer)
+    rows = [(inner, find_row(inner)) for inner in inside]
+    whole = [inner for inner, row in rows if row is not None and row[1].whole]
+    spoken_for = {id(part) for outer in whole for part in sublayers(outer) if part is not outer}
+    axes: dict[int, Axes] = {}
+    for inner, row in rows:
+        if id(inner) not in spoken_for:
+            for variable, kept in _own_defaults(inner, row):
+                axes.setdefault(id(variable), kept)
+    return {
+        path: axes[id(variable)]
+        for path, variable in weight_paths(layer).items()
+        if id(variable) in axes
+    }
+
+
+def _own_defaults(
+    layer: keras.Layer, row: tuple[str, Row] | None
+) -> list[tuple[keras.Variable, Axes]]:
+    """The variables of a layer that its row, or the default rule, quantizes."""
+    if row is None:
+        return [(variable, -1) for variable in _largest_kernels(layer)]
+    found = []
+    for path, axes in row[1].weights.items():
+        variable = _follow(layer, path)
+        if _is_float_weight(layer, variable):
+            kept = axes(layer) if callable(axes) else axes
+            _check_axes_fit(f"{row[0]}: '{path}'", kept, len(variable.shape))
+            found.append((variable, kept))
+    return found
+
+
+def _is_float_weight(layer: keras.Layer, found: Any) -> bool:
+    return (
+        isinstance(found, keras.Variable)
+        and "float" in found.dtype
+        and any(found is weight for weight in layer.weights)
+    )
+
+
+def _check_axes_fit(name: str, axes: Axes, rank: int) -> None:
+    kept = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+    if any(not -rank <= axis < rank for axis in kept):
+        raise bad_value(
+            name,
+            axes,
+            f"axes of a weight of rank {rank}",
+            "Register other axes with `register_layer_weights`.",
+        )
+
+
+def own_weights(layer: keras.Layer) -> list[keras.Variable]:
+    """The weights of a layer that no layer inside it owns."""
+    inside = {id(w) for part in sublayers(layer) if part is not layer for w in part.weights}
+    return [weight for weight in layer.weights if id(weight) not in inside]
+
+
+def _largest_kernels(layer: keras.Layer) -> list[keras.Variable]:
+    """The default rule; frozen layers count as if they were trainable."""
+    trainable = {id(variable) for variable in layer._trainable_variables}
+    kernels = [
+        weight
+        for weight in own_weights(layer)
+        if id(weight) in trainable and "float" in weight.dtype and len(weight.shape) >= 2
+    ]
+    rank = max((len(weight.shape) for weight in kernels), default=0)
+    return [weight for weight in kernels if len(weight.shape) == rank]
+
+
+def weight_reason(layer: keras.Layer) -> str:
+    """Why weights that a layer itself owns stay float by default, in a few words for a report.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_qwrap.weight_paths import weight_reason
+
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    print(weight_reason(layer))  # Dense: a bias is small, and integer kernels add it in 32 bits
+    print(weight_reason(keras.layers.ReLU()))  # ReLU has no weights of its own
+    ```
+    """
+    name = type(layer).__name__
+    row = find_row(layer)
+    if row is not None:
+        missing = [p for p in row[1].weights if not _is_float_weight(layer, _follow(layer, p))]
+        absent = f"; this layer has no float weight {', '.join(missing)}" if missing else ""
+        return f"{row[0]}: {row[1].reason}{absent}"
+    if not own_weights(layer):
+        return f"{name} has no weights of its own"
+    if not _largest_kernels(layer):
+        return f"no row for {name}: it has no trainable float weight of rank 2 or more"
+    return f"no row for {name}: the default rule quantizes its largest kernels only"
 
 
 def check_supported(layer: keras.Layer) -> None:
