@@ -13,8 +13,10 @@ from keras_qwrap.errors import bad_value
 from keras_qwrap.grids import IntegerGrid, float_array
 from keras_qwrap.quantizers.config import DEFAULT_MIN_THRESHOLD, QuantizationMethod, check_member
 
-METHODS = ("minmax", "moving_average", "percentile", "mse", "entropy")
-"""`minmax` and `moving_average` need only the ends of what was seen, the others samples as well."""
+END_METHODS = ("minmax", "moving_average")
+"""Methods that need only the ends of what was seen."""
+
+METHODS = (*END_METHODS, "percentile", "mse", "entropy")
 
 _PERCENT = 99.99
 _BINS = 2048
@@ -80,7 +82,7 @@ def find_range(
             "samples, low, high", (low, high), "finite numbers, low <= high", "Remove NaN first."
         )
     widest = (min(float(ends[0]), 0.0), max(float(ends[1]), 0.0))
-    if method in METHODS[:2] or samples.size == 0 or widest == (0.0, 0.0):
+    if method in END_METHODS or samples.size == 0 or widest == (0.0, 0.0):
         return widest
     # Powers of two scale exactly, and keep the squares of huge and tiny numbers in float32.
     unit = 2.0 ** np.frexp(max(-widest[0], widest[1]))[1]
@@ -108,7 +110,7 @@ def _percentile(x: np.ndarray) -> Range:
 
 
 def grids(
-    low: np.ndarray, high: np.ndarray, num_bits: int, quantization_method: QuantizationMethod
+    low: Any, high: Any, num_bits: int, quantization_method: QuantizationMethod
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Step, lowest and highest whole step of the grids that quantizers derive from ranges."""
     low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
@@ -147,7 +149,7 @@ def mean_squared_error(
     x: np.ndarray, low: float, high: float, num_bits: int, method: QuantizationMethod
 ) -> float:
     """Between numbers and their values on the grid of a range, in float64."""
-    step, lowest, highest = grids(np.float32(low), np.float32(high), num_bits, method)
+    step, lowest, highest = grids(low, high, num_bits, method)
     y = np.clip(np.round(x / step), lowest, highest) * step
     return float(np.mean(np.square(y.astype(np.float64) - x)))
 
@@ -203,7 +205,7 @@ def _clipped(
     if method is QuantizationMethod.UNIFORM:
         top = max(-ends[0], ends[1]) * factors
         return np.maximum(low, -top), np.minimum(high, top)
-    step, lowest, highest = (float(a) for a in grids(*np.float32(ends), num_bits, method))
+    step, lowest, highest = (float(a) for a in grids(*ends, num_bits, method))
     steps = step * factors
     if method is QuantizationMethod.POWER_OF_TWO:
         steps = step * np.exp2(-np.arange(8.0))

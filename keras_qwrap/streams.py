@@ -137,9 +137,8 @@ def _raw_batches(data: Any, expected: Any, batch_size: int) -> Iterator[Any]:
     if whole is not None:
         return _slices(whole, batch_size)
     if isinstance(data, keras.utils.PyDataset):
-        number = data.num_batches
-        endless = number is None or number == float("inf")
-        items = map(data.__getitem__, count() if endless else range(number))
+        number: Any = data.num_batches
+        items = map(data.__getitem__, count() if _is_endless(data) else range(number))
         return map(partial(_without_targets, expected=expected), items)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         fix = "Call the generator function first." if callable(data) else "Pass the model's inputs."

@@ -1,0 +1,387 @@
+"""Ranges from data: what is seen, on every backend, and what is left as it was."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import layers, ops
+from reference import refused, to_numpy
+
+import keras_qwrap as qi
+from keras_qwrap import calibration
+from keras_qwrap.calibration import calibrate
+from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
+from keras_qwrap.range_search import METHODS, find_range
+
+UNIFORM, SYMMETRIC, POT = (
+    qi.QuantizationMethod[name] for name in ("UNIFORM", "SYMMETRIC", "POWER_OF_TWO")
+)
+
+
+def moving(bits=8, method=UNIFORM, **kwargs):
+    config = qi.TrainableQuantizerActivationConfig(method, bits)
+    return MovingAverageActivationQATQuantizer(config, **kwargs)
+
+
+def holder(name, *args, **kwargs):
+    return qi.KerasActivationQuantizationHolder(moving(*args, **kwargs), name=name)
+
+
+def dense(name, units=4, bits=2, **kwargs):
+    config = qi.TrainableQuantizerWeightsConfig(SYMMETRIC, bits)
+    return qi.KerasQuantizationWrapper(
+        layers.Dense(units, name=name, **kwargs), {"kernel": qi.STEWeightQATQuantizer(config)}
+    )
+
+
+def small_model(**kwargs):
+    """Holder, two layers with 2-bit weights, holders behind them."""
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            holder("input", **kwargs),
+            dense("first", activation="relu"),
+            holder("hidden", **kwargs),
+            dense("second"),
+            holder("output", **kwargs),
+        ]
+    )
+
+
+def just_holder(*args, shape=(3,), **kwargs):
+    return keras.Sequential([keras.Input(shape), holder("only", *args, **kwargs)])
+
+
+def floats(random, *shape):
+    return random.normal(size=shape).astype("float32")
+
+
+def in_float(model, x):
+    """What each holder of `small_model` sees, in numpy, from the quantized weights."""
+    seen = {"input": x}
+    for index, name in ((1, "hidden"), (3, "output")):
+        layer = model.layers[index]
+        x = x @ to_numpy(layer.get_quantized_weights()["kernel"]) + to_numpy(layer.layer.bias)
+        x = seen[name] = np.maximum(x, 0) if name == "hidden" else x
+    return seen
+
+
+def ends(x):
+    return min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7, 50])
+def test_min_max_is_that_of_the_float_activations(batch_size, random):
+    """Weights are quantized, earlier activations are not; batches of any size give the same."""
+    model, x = small_model(), floats(random, 50, 3)
+    found = calibrate(model, x, "minmax", batch_size, verbose=0)
+    assert list(found) == ["input", "hidden", "output"]
+    for name, values in in_float(model, x).items():
+        np.testing.assert_allclose(found[name], ends(values), rtol=1e-5)
+    for layer in model.layers[::2]:
+        assert layer.activation_holder_quantizer.range == found[layer.name]
+    assert found["input"] == ends(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("grid", [UNIFORM, SYMMETRIC, POT])
+def test_range_is_what_the_search_finds_in_all_values(method, grid, random):
+    """While they are fewer than the sample."""
+    x = floats(random, 60, 3)
+    model = just_holder(4, grid)
+    found = calibrate(model, x, method, 60, verbose=0)["only"]
+    np.testing.assert_allclose(found, find_range(x, x.min(), x.max(), method, 4, grid), rtol=1e-6)
+
+
+def test_moving_average_is_that_of_training(random):
+    x = floats(random, 40, 3) * np.linspace(1, 5, 40, dtype="float32")[:, None]
+    model, trained = just_holder(momentum=0.7), just_holder(momentum=0.7)
+    found = calibrate(model, x, "moving_average", 8, verbose=0)["only"]
+    for i in range(0, 40, 8):
+        trained(x[i : i + 8], training=True)
+    wanted = trained.layers[0].activation_holder_quantizer.range
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert found[1] < x.max()
+
+
+def test_default_is_mse_and_a_mapping_chooses_by_name(random):
+    x = floats(random, 100, 3)
+
+    def run(method):
+        keras.utils.set_random_seed(0)
+        return calibrate(small_model(bits=3), x, method, verbose=0)
+
+    every = {method: run(method) for method in ("minmax", "mse", "percentile")}
+    assert run(None) == every["mse"] != every["minmax"]
+    mixed = run({"input": "minmax", "output": "percentile"})
+    assert mixed["input"] == every["minmax"]["input"]
+    assert mixed["hidden"] == every["mse"]["hidden"]
+    assert mixed["output"] == every["percentile"]["output"] != every["minmax"]["output"]
+
+
+def test_nothing_but_the_ranges_changes(random):
+    """Compiled functions, variables, layers and the observer's hook are as before."""
+    model, x = small_model(), floats(random, 20, 3)
+    model.compile("sgd", "mse")
+    before = model.predict(x, verbose=0)
+    weights = [to_numpy(w) for w in model.weights]
+    attributes = set(vars(model))
+    calibrate(model, x, verbose=0)
+    for variable, old in zip(model.weights, weights, strict=True):
+        if not variable.name.endswith("min_range"):
+            changed = variable.name.endswith("max_range")
+            assert np.array_equal(to_numpy(variable), old) != changed, variable.path
+    assert set(vars(model)) == attributes
+    assert all(layer._observer is None for layer in model.layers)
+    after = model.predict(x, verbose=0)
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, to_numpy(model(x, training=False)))
+    assert len(np.unique(after)) <= 2**8
+    model.fit(x, after, epochs=1, verbose=0)
+
+
+def test_converts_after_calibration(random):
+    model, x = small_model(), floats(random, 20, 3)
+    calibrate(model, x, verbose=0)
+    converted = qi.convert_to_inferable(model)
+    np.testing.assert_array_equal(to_numpy(converted(x)), to_numpy(model(x)))
+
+
+def test_fixed_ranges_are_left_alone_and_quantize(random):
+    """What follows sees values clipped by the fixed range."""
+    config = qi.TrainableQuantizerActivationConfig(SYMMETRIC, 8, {"threshold": 0.5})
+    first = qi.KerasActivationQuantizationHolder(qi.STEActivationQATQuantizer(config))
+    model = keras.Sequential([keras.Input((3,)), first, holder("only")])
+    found = calibrate(model, floats(random, 50, 3), "minmax", verbose=0)
+    assert found == {"only": (-0.5, 0.5 - 0.5 / 128)}
+    assert first.activation_holder_quantizer.quantization_config == config
+
+
+def test_two_outputs_shared_and_nested_layers(random):
+    """A shared layer's range covers all its calls; equal names are told apart by path."""
+    shared = dense("shared")
+    wrapped = qi.KerasQuantizationWrapper(
+        layers.GRU(2, return_state=True, name="gru"), {}, [moving(), moving()]
+    )
+    inner = keras.Sequential([keras.Input((4,)), holder("same")], name="inner")
+    a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    output = holder("same")
+    mean = holder("mean")
+    x, y = mean(shared(a)), mean(shared(b))
+    z = output(layers.Add()([inner(x), y]))
+    state = wrapped(layers.Reshape((2, 2))(z))
+    model = keras.Model([a, b], state)
+    x, y = floats(random, 20, 3), 9 * floats(random, 20, 3)
+    found = calibrate(model, [x, y], "minmax", verbose=0)
+    assert {"gru", "gru/output_1", "mean"} < set(found)
+    assert len(found) == 5
+    assert sum(name.endswith("same") for name in found) == 2
+    kernel = to_numpy(shared.get_quantized_weights()["kernel"])
+    wanted = ends(np.concatenate([x @ kernel, y @ kernel]))
+    np.testing.assert_allclose(found["mean"], wanted, rtol=1e-5)
+    again = calibrate(model, {"b": y, "a": x}, "mse", verbose=0)
+    assert set(again) == set(found)
+
+
+def test_subclassed_model(random):
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.unused, self.last = dense("first"), holder("unused"), holder("last")
+            self.unused.build((None, 3))
+
+        def call(self, inputs):
+            return self.last(self.first(inputs))
+
+    model, x = Model(), floats(random, 20, 3)
+    model(x)
+    with pytest.warns(UserWarning, match="'unused' was not reached"):
+        found = calibrate(model, iter([x[:8], x[8:]]), "minmax", verbose=0)
+    assert list(found) == ["last"]
+    assert model.unused.activation_holder_quantizer.range is None
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+def test_other_dtypes(policy, random):
+    x = floats(random, 20, 3)
+    model = keras.Sequential([keras.Input((3,), dtype=policy.split("_")[-1]), holder("only")])
+    found = calibrate(model, x, "minmax", verbose=0)["only"]
+    np.testing.assert_allclose(found, ends(x), rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [8, 400])
+def test_an_outlier_is_clipped_here_and_further_on(method, rows, random):
+    """One value of -4,200,000 among normal ones, in a batch of any size, first or later."""
+    x = floats(random, rows, 3)
+    model = small_model()
+    clean = calibrate(model, x, "minmax", verbose=0)
+    x[5, 1] = -4.2e6
+    with pytest.warns(UserWarning, match=r"'input' has outliers from -4.2e\+06 to"):
+        found = calibrate(model, x, method, 100, verbose=0)
+    for name in clean:
+        width = np.ptp(clean[name])
+        assert 0.2 * width < np.ptp(found[name]) < 4 * width, name
+
+
+def test_an_outlier_in_a_large_tensor_that_the_sample_misses(random):
+    x = floats(random, 20, 4000)
+    x[3, 7] = 1e9
+    with pytest.warns(UserWarning, match="outliers"):
+        found = calibrate(just_holder(shape=(4000,)), x, "minmax", 5, verbose=0)["only"]
+    clean = ends(np.delete(x, 3, 0))
+    assert 0.6 * clean[1] < found[1] < 1.6 * clean[1]
+    np.testing.assert_allclose(found[0], clean[0], rtol=0.4)
+
+
+def test_wide_but_honest_ranges_are_kept(random):
+    """Heavy tails and sparse values are no outliers."""
+    heavy = random.standard_t(2, size=(500, 3)).astype("float32")
+    sparse = np.where(random.random((500, 3)) < 1e-3, 1e5, 0).astype("float32")
+    for x in (heavy, sparse):
+        assert calibrate(just_holder(), x, "minmax", verbose=0)["only"] == ends(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
+def test_a_constant_activation_gets_a_usable_range_and_a_warning(method, value):
+    x = np.full((20, 3), value, "float32")
+    model = just_holder()
+    with pytest.warns(UserWarning, match=f"'only' is always {value:g}"):
+        low, high = calibrate(model, x, method, verbose=0)["only"]
+    assert low <= value <= high
+    assert low < high
+    y = to_numpy(model(x))
+    np.testing.assert_allclose(y, x, rtol=1e-6)
+    quantizer = qi.convert_to_inferable(model).layers[0].activation_holder_quantizer
+    assert np.isfinite(quantizer.scale)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_a_model_that_makes_nan_is_refused_by_layer(bad, random):
+    """And no range is set, not even of the layers before."""
+
+    class Spoil(layers.Layer):
+        def call(self, inputs):
+            return ops.where(inputs > 2.9, bad, inputs)
+
+    model = keras.Sequential(
+        [keras.Input((3,)), holder("before"), Spoil(), holder("after"), holder("last")]
+    )
+    x = floats(random, 3000, 3) / 10
+    calibrate(model, x, "minmax", verbose=0)
+    before = model.layers[0].activation_holder_quantizer.range
+    x[2777, 2] = 3
+    message = refused(ValueError, lambda: calibrate(model, x, "minmax", 1000, verbose=0), "finite")
+    assert message.startswith("activation of 'after'")
+    assert model.layers[0].activation_holder_quantizer.range == before
+    assert all(layer._observer is None for layer in model.layers if hasattr(layer, "_observer"))
+
+
+def test_refused(random):
+    model, x = small_model(), floats(random, 10, 3)
+    plain = keras.Sequential([keras.Input((3,)), dense("first")])
+    refused(ValueError, lambda: calibrate(plain, x), "MovingAverageActivationQATQuantizer")
+    refused(TypeError, lambda: calibrate(holder("h"), x), "keras.Model")
+    unbuilt = keras.Sequential([holder("h")])
+    refused(ValueError, lambda: calibrate(unbuilt, x), "built")
+    refused(ValueError, lambda: calibrate(model, x, "max"), "entropy")
+    refused(ValueError, lambda: calibrate(model, x, {"input": "max"}), "method of 'input'")
+    refused(ValueError, lambda: calibrate(model, x, {"inputs": "mse"}), "inputs", "hidden")
+    refused(ValueError, lambda: calibrate(model, x[:, :2], verbose=0), "batch 0")
+    refused(ValueError, lambda: calibrate(model, iter([]), verbose=0), "no batch")
+    assert model.layers[0].activation_holder_quantizer.range is None
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 16))
+def test_sample_is_complete_or_uniform(sizes, capacity):
+    """Every value once while there is room; then a part of them, none twice."""
+    before = calibration._RESERVOIR
+    calibration._RESERVOIR = capacity
+    try:
+        seen = calibration._Seen("x", 0.9)
+        values = np.arange(1, sum(sizes) + 1, dtype="float32")
+        for part in np.split(values, np.cumsum(sizes)[:-1]):
+            seen.add(np.array([part[0], part[-1], len(part)]), part)
+        samples, low, high = seen.summary("minmax")
+    finally:
+        calibration._RESERVOIR = before
+    assert (low, high) == (1, len(values))
+    assert len(samples) == min(capacity, len(values))
+    assert len(set(samples)) == len(samples)
+    assert set(samples) <= set(values)
+
+
+def test_sample_has_no_preference_for_early_or_late_batches(monkeypatch):
+    monkeypatch.setattr(calibration, "_RESERVOIR", 2000)
+    seen = calibration._Seen("x", 0.9)
+    for i in range(50):
+        part = np.arange(1000 * i, 1000 * (i + 1), dtype="float32")
+        seen.add(np.array([part[0], part[-1], 1000]), part)
+    samples = seen.summary("minmax")[0]
+    fifths = np.histogram(samples, 5, (0, 50000))[0]
+    assert np.all(np.abs(fifths - 400) < 80), fifths
+
+
+@pytest.mark.parametrize("channels", [1, 64, 256])
+def test_sampled_positions_reach_every_channel(channels):
+    """A stride in step with the channels would see only a part of them."""
+    model = just_holder(shape=(40, channels))
+    rows = calibration._rows(model)
+    observer = calibration._Observer(model, [row[2] for row in rows], 4096)
+    x = np.broadcast_to(np.arange(channels, dtype="float32"), (8, 40, channels))
+    drawn = []
+    for shift in (0, 12347):
+        out = observer.predict_on_batch({"inputs": x, "shift": np.array(shift, "int32")})
+        drawn.append(out["samples"][0])
+        counts = np.bincount(drawn[-1].astype(int), minlength=channels)
+        assert counts.min() > 0
+        assert counts.max() < 4096 / channels * 3 + 20
+        np.testing.assert_array_equal(out["ends"][0], [0, channels - 1, x.size])
+    assert channels == 1 or not np.array_equal(*drawn)
+
+
+def test_small_tensors_are_seen_whole(random):
+    """Each value of a tensor, and of each call, as often as the others."""
+    shared = holder("only")
+    a, b = keras.Input((3,)), keras.Input((3,))
+    model = keras.Model([a, b], [shared(a), shared(b)])
+    observer = calibration._Observer(model, [shared.activation_holder_quantizer], 4096)
+    x, y = np.arange(30, dtype="float32").reshape(2, 5, 3)
+    out = observer.predict_on_batch({"inputs": [x, y], "shift": np.array(999, "int32")})
+    np.testing.assert_array_equal(np.sort(out["samples"][0][:30]), np.arange(30))
+
+
+def test_endless_data_and_progress(random, capsys):
+    model, x = small_model(), floats(random, 8, 3)
+
+    def endless():
+        while True:
+            yield x, None
+
+    calibrate(model, endless(), steps=3)
+    printed = capsys.readouterr().out
+    assert "3/3" in printed
+    calibrate(model, x, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.tensorflow
+def test_traced_once_for_each_shape(random):
+    calls = []
+
+    class Counting(layers.Layer):
+        def call(self, inputs):
+            calls.append(inputs.shape)
+            return inputs
+
+    model = keras.Sequential([keras.Input((3,)), holder("only"), Counting()])
+    calls.clear()
+    calibrate(model, floats(random, 70, 3), batch_size=8, verbose=0)
+    assert 1 <= len(calls) <= 3
+    calls.clear()
+    model.compile(run_eagerly=True)
+    calibrate(model, floats(random, 70, 3), batch_size=8, verbose=0)
+    assert len(calls) == 9
