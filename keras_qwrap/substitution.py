@@ -95,10 +95,15 @@ def build_layer(layer: keras.Layer, shapes: Sequence, named_shapes: dict, exampl
         _build_by_tracing(layer, example)
 
 
+def output_specs(function: Callable, args: Sequence, kwargs: dict) -> Any:
+    """What `function` would return, as symbolic tensors; nothing is computed and no state moves."""
+    return backend.compute_output_spec(function, *args, **kwargs)
+
+
 def _build_by_tracing(layer: keras.Layer, example: tuple) -> None:
     args, kwargs = example
     with keras.name_scope(layer.name, caller=layer):
-        backend.compute_output_spec(layer.call, *args, **kwargs)
+        output_specs(layer.call, args, kwargs)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,260 @@
+"""Models without a graph: copies of them, and the layers inside by path, with their outputs."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+from keras import tree
+
+from keras_qwrap.construction import Construction, sign
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.substitution import output_specs, sublayers
+from keras_qwrap.weight_paths import _children, _follow, copy_variables, own_weights
+
+Example = tuple[Sequence, Mapping[str, Any]]
+
+_NO_DATA = (
+    keras.layers.ActivityRegularization,
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.InputLayer,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+)
+"""Layers that leave their input as it is in inference."""
+
+
+def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
+    """The inner layers of a model that compute something as units, by their attribute paths.
+
+    Units are the layers without layers inside them, and Keras' own layers that have some, such as
+    MultiHeadAttention, LSTM or Bidirectional. Nested models and a user's own composite layers are
+    descended into; they are units besides only where they own weights. Layers that leave their
+    input as it is in inference (Dropout, Identity, ...) are left out.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_qwrap.subclassed import quantizable_layers
+
+    class Net(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.first = keras.layers.Dense(4)
+            self.blocks = [keras.layers.LSTM(4), keras.layers.Dropout(0.5)]
+
+    print(list(quantizable_layers(Net())))  # ['blocks/0', 'first']
+    ```
+    """
+    found: dict[int, tuple[str, keras.Layer]] = {}
+    visited: set[int] = set()
+    level: list[tuple[str, Any]] = [("", model)]
+    while level:
+        following: list[tuple[str, Any]] = []
+        for prefix, parent in level:
+            if id(parent) in visited:
+                continue
+            visited.add(id(parent))
+            for name, child in _children(parent):
+                path = f"{prefix}{name}"
+                is_layer = isinstance(child, keras.Layer)
+                if is_layer and child is not model and _is_unit(child):
+                    found.setdefault(id(child), (path, child))
+                if isinstance(child, (list, tuple, dict)) or (is_layer and _is_open(child)):
+                    following.append((f"{path}/", child))
+        level = following
+    return dict(sorted(found.values(), key=lambda item: item[0]))
+
+
+def _is_open(layer: keras.Layer) -> bool:
+    """Whether a layer is descended into: a model, or a composite layer of the user's."""
+    if isinstance(layer, keras.Model):
+        return True
+    from_keras = any(
+        getattr(keras.layers, cls.__name__, None) is cls
+        for cls in type(layer).__mro__
+        if cls is not keras.layers.Layer
+    )
+    return len(sublayers(layer)) > 1 and not from_keras
+
+
+def _is_unit(layer: keras.Layer) -> bool:
+    if isinstance(layer, _NO_DATA):
+        return False
+    return not _is_open(layer) or bool(own_weights(layer))
+
+
+def find_layers(model: keras.Model, paths: Sequence[str]) -> dict[str, keras.Layer]:
+    """The layers inside a model that the paths name; a path may be any that leads to a layer."""
+    inside = {id(layer) for layer in sublayers(model) if layer is not model}
+    found: dict[str, keras.Layer] = {}
+    for path in paths:
+        layer = _follow(model, path)
+        if id(layer) not in inside:
+            existing = list(quantizable_layers(model))
+            nearest = difflib.get_close_matches(path, existing, n=1, cutoff=0.0)
+            raise bad_value(
+                "activation_quantizers",
+                path,
+                f"a layer inside '{model.name}': {', '.join(existing) or 'it has none'}",
+                f"The nearest is '{nearest[0]}'." if nearest else "Leave it out.",
+            )
+        for other, taken in found.items():
+            if taken is layer:
+                raise bad_value(
+                    "activation_quantizers",
+                    path,
+                    f"another layer than '{other}', which it names as well",
+                    "Drop one of the two.",
+                )
+        found[path] = layer
+    return found
+
+
+class Taps:
+    """Passes the output tensors of inner layers through `handle(path, tensors)`.
+
+    Keras runs a layer through its attribute `call`; each layer here gets one that runs the old
+    one first. So the layers must not be anybody else's.
+    """
+
+    def __init__(self, layers: Mapping[str, keras.Layer]) -> None:
+        self.handle: Callable[[str, list], list] = lambda path, tensors: tensors
+        for path, layer in layers.items():
+            call = partial(self._run, layer.call, path)
+            layer.call = sign(call, inspect.signature(layer.call))
+
+    def _run(self, call: Callable, path: str, *args: Any, **kwargs: Any) -> Any:
+        outputs = call(*args, **kwargs)
+        flat = tree.flatten(outputs)
+        places = [i for i, part in enumerate(flat) if hasattr(part, "dtype")]
+        handled = self.handle(path, [flat[i] for i in places])
+        for i, tensor in zip(places, handled, strict=True):
+            flat[i] = tensor
+        return tree.pack_sequence_as(outputs, flat)
+
+    def outputs(self, model: keras.Model, example: Example) -> dict[str, list[keras.KerasTensor]]:
+        """Symbolic outputs of the layers that a call of the model runs, by path."""
+        before = self.handle
+
+        def record(*args: Any, **kwargs: Any) -> dict[str, list]:
+            seen: dict[str, list] = {}
+
+            def note(path: str, tensors: list) -> list:
+                seen.setdefault(path, list(tensors))
+                return tensors
+
+            self.handle = note
+            model.call(*args, **kwargs)
+            return seen
+
+        try:
+            args, kwargs = example
+            return dict(sorted(output_specs(record, args, dict(kwargs)).items()))
+        finally:
+            self.handle = before
+
+
+def layer_outputs(
+    model: keras.Model, example: Example | None = None
+) -> dict[str, list[keras.KerasTensor]]:
+    """Symbolic outputs of each of the `quantizable_layers` in a call of the model, by path.
+
+    Layers that the call does not run are left out; of a layer that it runs several times, the
+    first outputs are given. The model is left as it is.
+
+    Args:
+        model: a subclassed model that can be made again from its config.
+        example: as for `QuantizedModel`; needed where the model is not built.
+
+    Raises:
+        ValueError: as `QuantizedModel`.
+    """
+    copy, example = copy_built(model, example)
+    if example is None:
+        raise bad_value("model", model.name, "a built model", "Call it, or pass `example`.")
+    return Taps(quantizable_layers(copy)).outputs(copy, example)
+
+
+def _copy(model: keras.Model) -> keras.Model:
+    try:
+        copy = type(model).from_config(model.get_config())
+    except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"model: received '{model.name}', a {type(model).__name__} that cannot be made again "
+            f"from its config ({error}), expected a model whose `get_config` returns every "
+            "argument of the constructor. Define or mend `get_config` and `from_config`."
+        ) from error
+    copy.name = model.name
+    for old, new in zip(sublayers(model), sublayers(copy), strict=False):
+        if old.dtype_policy.name != new.dtype_policy.name:
+            raise bad_value(
+                "model",
+                f"layer '{old.name}' with dtype policy {old.dtype_policy.name}",
+                f"{new.dtype_policy.name}, which a copy made from the model's config has",
+                "Set the same global dtype policy again, or let `get_config` return the dtype.",
+            )
+    return copy
+
+
+def copy_built(
+    model: keras.Model, example: Example | None
+) -> tuple[keras.Model, tuple[tuple, dict] | None]:
+    """A copy of a model, and the symbolic arguments of a call; None for a model not built.
+
+    The copy has the model's weights and trainable flags.
+    """
+    copy = _copy(model)
+    construction = Construction()
+    if example is not None:
+        construction.see_call(*_check_example(example))
+    elif model.built:
+        config = _untracked(model.get_build_config() or {})
+        given = (config["input_shape"],) if "input_shape" in config else ()
+        construction.see_shapes(given, config.get("shapes_dict", {}))
+    else:
+        return copy, None
+    args, kwargs = construction.example or ((), {})
+    try:
+        copy(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(
+            f"model: received '{model.name}', which cannot be called with {args} and {kwargs} "
+            f"(a {type(error).__name__}), expected a model that can. Pass "
+            "`example=(args, kwargs)`, the arguments of a call, with their dtypes."
+        ) from error
+    if model.built:
+        _copy_flags(model, copy)
+        copy_variables(model, copy)
+    return copy, (args, kwargs)
+
+
+def _untracked(shapes: Any) -> Any:
+    """Plain lists and dictionaries in place of those that Keras tracks."""
+    if isinstance(shapes, dict):
+        return {key: _untracked(part) for key, part in shapes.items()}
+    if isinstance(shapes, list):
+        return [_untracked(part) for part in shapes]
+    return tuple(_untracked(part) for part in shapes) if isinstance(shapes, tuple) else shapes
+
+
+def _check_example(example: Any) -> tuple[tuple, dict]:
+    pair = isinstance(example, (tuple, list)) and len(example) == 2
+    if not pair or not isinstance(example[0], (tuple, list)) or not isinstance(example[1], Mapping):
+        raise bad_type("example", example, "positional and keyword arguments", "Pass ((x,), {}).")
+    return tuple(example[0]), dict(example[1])
+
+
+def _copy_flags(source: keras.Layer, target: keras.Layer) -> None:
+    """Make trainable in `target` what is in `source`; the flags are in no subclassed config."""
+    for old, new in zip(sublayers(source), sublayers(target), strict=False):
+        if old.trainable is not new.trainable:
+            new.trainable = old.trainable
