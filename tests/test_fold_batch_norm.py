@@ -275,6 +275,8 @@ STAYING = {
     "activation inside": after(lambda: layers.Conv2D(3, 1, activation="relu")),
     "activation between": lambda x: BatchNorm()(layers.ReLU()(layers.Conv2D(3, 1)(x))),
     "constraint": after(lambda: layers.Conv2D(3, 1, kernel_constraint="non_neg")),
+    "LoRA": after(lambda: layers.Dense(3, lora_rank=1)),
+    "integers": after(lambda: layers.Dense(3, dtype="int8_from_float32")),
     "activity": after(lambda: layers.Conv2D(3, 1, activity_regularizer="l2")),
     "activity after": lambda x: BatchNorm(activity_regularizer="l2")(layers.Conv2D(3, 1)(x)),
     "another axis": lambda x: BatchNorm(axis=1)(layers.Conv2D(3, 1)(x)),
