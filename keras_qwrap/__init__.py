@@ -4,9 +4,14 @@ Importing this package is enough to load any file saved with it.
 """
 
 from keras_qwrap._version import __version__
+from keras_qwrap.calibration import calibrate
+from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
 from keras_qwrap.files import custom_objects, keras_load_quantized_model
+from keras_qwrap.folding import FoldedWeights, fold_batch_norm, fold_scales
 from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.models import convert_to_inferable
+from keras_qwrap.layer_weights import register_layer_weights
+from keras_qwrap.models import convert_to_inferable, unwrap_model
+from keras_qwrap.quantize import quantize_model
 from keras_qwrap.quantizers import inferable as keras_inferable_quantizers
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
@@ -30,18 +35,24 @@ from keras_qwrap.quantizers.inferable import (
     WeightsSymmetricInferableQuantizer,
     WeightsUniformInferableQuantizer,
 )
+from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizers.ste import (
     STEActivationQATQuantizer,
     STEUniformActivationQATQuantizer,
     STEUniformWeightQATQuantizer,
     STEWeightQATQuantizer,
 )
+from keras_qwrap.recipes import Recipe
+from keras_qwrap.report import quantization_report
 from keras_qwrap.rounding import (
     fake_lookup,
     fake_quantize,
     fake_quantize_covered,
     fake_quantize_unclipped,
 )
+from keras_qwrap.rules import Rule
+from keras_qwrap.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 NodeWeightsQuantizationConfig = TrainableQuantizerWeightsConfig
@@ -50,16 +61,24 @@ NodeActivationQuantizationConfig = TrainableQuantizerActivationConfig
 __all__ = [
     "ActivationLutPOTInferableQuantizer",
     "ActivationPOTInferableQuantizer",
+    "ActivationSpec",
     "ActivationSymmetricInferableQuantizer",
     "ActivationUniformInferableQuantizer",
     "BaseKerasInferableQuantizer",
     "BaseKerasTrainableQuantizer",
+    "DelayQuantization",
+    "FoldedWeights",
+    "FreezeRanges",
     "KerasActivationQuantizationHolder",
     "KerasQuantizationWrapper",
+    "MovingAverageActivationQATQuantizer",
     "NodeActivationQuantizationConfig",
     "NodeWeightsQuantizationConfig",
     "QuantizationMethod",
     "QuantizationTarget",
+    "QuantizedModel",
+    "Recipe",
+    "Rule",
     "STEActivationQATQuantizer",
     "STEUniformActivationQATQuantizer",
     "STEUniformWeightQATQuantizer",
@@ -69,16 +88,24 @@ __all__ = [
     "WeightsLUTPOTInferableQuantizer",
     "WeightsLUTSymmetricInferableQuantizer",
     "WeightsPOTInferableQuantizer",
+    "WeightsSpec",
     "WeightsSymmetricInferableQuantizer",
     "WeightsUniformInferableQuantizer",
     "__version__",
+    "calibrate",
     "convert_to_inferable",
     "custom_objects",
     "fake_lookup",
     "fake_quantize",
     "fake_quantize_covered",
     "fake_quantize_unclipped",
+    "fold_batch_norm",
+    "fold_scales",
     "keras_inferable_quantizers",
     "keras_load_quantized_model",
     "mark_quantizer",
+    "quantization_report",
+    "quantize_model",
+    "register_layer_weights",
+    "unwrap_model",
 ]

@@ -10,8 +10,9 @@ import keras
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.quantizers import config, inferable, ste
+from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
+from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -29,8 +30,8 @@ def custom_objects() -> dict[str, type]:
     print(qi.custom_objects()["keras_qwrap>KerasQuantizationWrapper"].__name__)
     ```
     """
-    classes = [KerasQuantizationWrapper, KerasActivationQuantizationHolder]
-    for module in (config, inferable, ste):
+    classes = [KerasQuantizationWrapper, KerasActivationQuantizationHolder, QuantizedModel]
+    for module in (config, inferable, ste, moving_average):
         classes += [
             value
             for value in vars(module).values()

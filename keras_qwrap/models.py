@@ -8,6 +8,7 @@ import numpy as np
 from keras_qwrap.copying import Copier, check_graph
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.quantizing_layer import QuantizingLayer, refuse_inner_wrappers
+from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -20,10 +21,10 @@ def convert_to_inferable(model: keras.Model) -> keras.Model:
     converted model gives an equal one.
 
     Args:
-        model: a built Functional or Sequential model.
+        model: a built Functional or Sequential model, or a `QuantizedModel`.
 
     Raises:
-        TypeError: the model is neither Functional nor Sequential.
+        TypeError: the model is of another kind.
         ValueError: the model is not built, or a wrapper sits inside a layer that is no model.
 
     Example:
@@ -41,13 +42,15 @@ def convert_to_inferable(model: keras.Model) -> keras.Model:
     print(converted.layers[0].converted, model.layers[0].converted)  # True False
     ```
     """
+    if isinstance(model, QuantizedModel):
+        return model.convert_to_inferable_quantizers()
     check_graph(model)
     return _Converter().copy_model(model)
 
 
 class _Converter(Copier):
     def new_layer(self, layer: keras.Layer) -> keras.Layer:
-        if isinstance(layer, QuantizingLayer):
+        if isinstance(layer, (QuantizingLayer, QuantizedModel)):
             return layer.convert_to_inferable_quantizers()
         refuse_inner_wrappers(layer)
         return self.plain_copy(layer)
@@ -67,10 +70,11 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     that were frozen, as conversion leaves them, stay frozen.
 
     Args:
-        model: a built Functional or Sequential model, quantization-aware, converted or plain.
+        model: a built Functional or Sequential model, quantization-aware, converted or plain; or
+            a `QuantizedModel`.
 
     Raises:
-        TypeError: the model is neither Functional nor Sequential.
+        TypeError: the model is of another kind.
         ValueError: the model is not built, a wrapper sits inside a layer that is no model, or a
             converted layer's weight is no longer on its grid.
 
@@ -92,6 +96,8 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     print(float(keras.ops.max(keras.ops.abs(difference))))  # 0.0
     ```
     """
+    if isinstance(model, QuantizedModel):
+        return model.unwrap()
     check_graph(model)
     return _Unwrapper().copy_model(model)
 
@@ -112,6 +118,8 @@ class _Unwrapper(Copier):
     def new_layer(self, layer: keras.Layer) -> keras.Layer | None:
         if isinstance(layer, KerasActivationQuantizationHolder):
             return None
+        if isinstance(layer, QuantizedModel):
+            return layer.unwrap()
         inner, weights = _unwrapped(layer)
         refuse_inner_wrappers(inner)
         new = self.plain_copy(inner)

@@ -32,11 +32,10 @@ ACTIVATIONS = frozenset(
     | {"LeakyRelu", "LogSigmoid", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink"}
     | {"Softplus", "Softsign", "SparsePlus", "Tanh", "TanhShrink", "Threshold"}
 )
-_OF_EACH_RANK = (
-    ("AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling", "Cropping")
-    + ("GlobalAveragePooling", "GlobalMaxPooling", "MaxPooling", "SpatialDropout")
-    + ("UpSampling", "ZeroPadding")
-)
+_OF_EACH_RANK = {"AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling", "Cropping"} | {
+    *("GlobalAveragePooling", "GlobalMaxPooling", "MaxPooling", "SpatialDropout"),
+    *("UpSampling", "ZeroPadding"),
+}
 CARRIERS = frozenset(
     {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in _OF_EACH_RANK}
     | {"ActivityRegularization", "AlphaDropout", "CenterCrop", "Dropout", "Flatten"}
@@ -94,14 +93,14 @@ def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
     found: dict[int, list[OutputRange]] = {}
     for node in nodes:
         operation = node.operation
-        if is_graph(operation) or kind(operation) in CARRIERS or not _is_float(node):
+        if is_graph(operation) or carries_grid(operation) or not _is_float(node):
             continue
         fused = [
             id(tensor) not in ends and _fuses(operation, readers.get(id(tensor), []))
             for tensor in node.outputs
         ]
         if not all(fused):
-            found[id(operation)] = [_output_range(operation)] * len(node.outputs)
+            found[id(operation)] = [output_range(operation)] * len(node.outputs)
     return found
 
 
@@ -111,6 +110,11 @@ def kind(operation: Any) -> str:
         if cls.__module__.split(".")[0] == "keras":
             return cls.__name__
     return ""
+
+
+def carries_grid(operation: Any) -> bool:
+    """Whether the outputs lie on the grid of the input, as those of pooling or reshaping do."""
+    return kind(operation) in CARRIERS
 
 
 def _is_float(node: GraphNode) -> bool:
@@ -134,7 +138,8 @@ def _activation_name(operation: Any) -> str:
     return getattr(function, "__name__", "unknown" if function else "")
 
 
-def _output_range(operation: Any) -> OutputRange:
+def output_range(operation: Any) -> OutputRange:
+    """How the range of an operation's outputs is known; a linear layer's by its activation."""
     name = kind(operation)
     if name in LINEAR or name == "Activation":
         name = _activation_name(operation)

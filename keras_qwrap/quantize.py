@@ -1,0 +1,269 @@
+"""`quantize_model`: a whole float model, made quantization-aware by a recipe."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_qwrap.calibration import calibrate
+from keras_qwrap.copying import Copier, is_graph
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.folding import fold_batch_norm
+from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
+from keras_qwrap.placement import OutputRange, carries_grid, output_range, output_ranges
+from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
+from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizerActivationConfig
+from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
+from keras_qwrap.quantizing_layer import QuantizingLayer
+from keras_qwrap.range_search import weights_threshold
+from keras_qwrap.recipes import Decision, Recipe, as_recipe
+from keras_qwrap.rules import FLOAT
+from keras_qwrap.specs import (
+    ActivationSpec,
+    WeightsSpec,
+    activation_quantizer,
+    weights_quantizer,
+)
+from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.substitution import sublayers
+from keras_qwrap.tensors import to_numpy
+from keras_qwrap.weight_paths import check_supported, default_weights, find_weight
+from keras_qwrap.wrapper import KerasQuantizationWrapper
+
+
+def quantize_model(
+    model: keras.Model,
+    recipe: str | dict | Recipe = "w8a8",
+    calibration_data: Any = None,
+    batch_size: int = 32,
+    steps: int | None = None,
+    verbose: str | int = "auto",
+    example: Example | None = None,
+) -> keras.Model:
+    """A new quantization-aware model that computes as `model` does, on the grids of a recipe.
+
+    Every layer whose weights are quantized or whose output is, is a `KerasQuantizationWrapper` of
+    the same name in the new model; inputs and functions between layers have a
+    `KerasActivationQuantizationHolder` behind them. Weights are copied, layers stay shared, and
+    `model` is left as it is. Activation ranges come from `calibration_data`, from a later
+    `calibrate`, or from training; until then activations pass unquantized in inference.
+
+    A layer that cannot be wrapped is left in float, with a warning. A subclassed model becomes a
+    `QuantizedModel`.
+
+    Args:
+        model: a built Keras model without quantized layers.
+        recipe: a preset such as "w8a8", a `Recipe`, or its dictionary.
+        calibration_data: inputs as `calibrate` takes them.
+        batch_size: rows of an array in each calibration step.
+        steps: calibration steps; all data by default.
+        verbose: progress display of the calibration: "auto", 0 or 1.
+        example: for a subclassed model, arguments of a call as `QuantizedModel` takes them.
+
+    Raises:
+        TypeError: `model` is no Keras model.
+        ValueError: it is not built, quantized already, or holds a layer that cannot be made again
+            from its config; the recipe does not fit it; the data does not.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_qwrap as qi
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="dense")])
+    images = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    quantized = qi.quantize_model(model, "w8a8", images, verbose=0)
+    print(type(quantized.get_layer("dense")).__name__)  # KerasQuantizationWrapper
+    ```
+    """
+    recipe = as_recipe(recipe)
+    _check_model(model)
+    if recipe.fold_batch_norm:
+        model = fold_batch_norm(model)
+    if is_graph(model):
+        quantizer = _GraphQuantizer(model, recipe)
+        new = quantizer.copy_model(model)
+        methods = quantizer.methods
+    else:
+        new, methods = _quantize_subclassed(model, recipe, example)
+    if calibration_data is not None:
+        calibrate(new, calibration_data, methods, batch_size, steps, verbose)
+    return new
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise bad_type("model", model, "a Keras model", "Wrap a layer by KerasQuantizationWrapper.")
+    if not model.built:
+        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+    inside = [layer.name for layer in sublayers(model) if isinstance(layer, QuantizingLayer)]
+    if inside:
+        raise bad_value(
+            "model",
+            f"'{model.name}' with quantized layers {inside[:8]}",
+            "a float model",
+            "Quantize the float model, or unwrap this one by `unwrap_model` first.",
+        )
+
+
+def _graphs(model: keras.Model) -> Iterator[keras.Model]:
+    """A model and the models in its graph, each once."""
+    found = {id(model): model}
+    waiting = [model]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        for layer in graph.layers:
+            if is_graph(layer) and id(layer) not in found:
+                found[id(layer)] = layer
+                waiting.append(layer)
+
+
+def _weight_quantizer(
+    layer: keras.Layer, path: str, axes: int | tuple[int, ...] | None, spec: WeightsSpec
+) -> BaseKerasTrainableQuantizer:
+    weight = to_numpy(find_weight(layer, path)).astype(np.float32)
+    kept = axes if spec.per_channel else None
+    params = None
+    if spec.range == "mse":
+        params = {"threshold": weights_threshold(weight, kept, spec.num_bits, spec.method)}
+    return weights_quantizer(spec, kept, weight.ndim, params)
+
+
+def _output_quantizer(spec: ActivationSpec, output: OutputRange) -> BaseKerasTrainableQuantizer:
+    if output is OutputRange.DATA:
+        return activation_quantizer(spec)
+    params = {"threshold": 1.0, "is_signed": output is OutputRange.SIGNED_UNIT}
+    config = TrainableQuantizerActivationConfig(
+        QuantizationMethod.POWER_OF_TWO, spec.num_bits, params
+    )
+    return STEActivationQATQuantizer(config)
+
+
+def _is_supported(layer: keras.Layer) -> bool:
+    """Whether a layer can be wrapped; says what is left in float if not."""
+    try:
+        check_supported(layer)
+    except ValueError as error:
+        warnings.warn(f"Layer '{layer.name}' is left in float. {error}", stacklevel=2)
+        return False
+    return True
+
+
+class _GraphQuantizer(Copier):
+    """Makes the quantized copy of a Functional or Sequential model."""
+
+    def __init__(self, model: keras.Model, recipe: Recipe) -> None:
+        super().__init__()
+        self.methods: dict[str, str] = {}
+        self._model = model
+        self._between = None if recipe.activations == FLOAT else recipe.activations
+        self._outputs: dict[int, list[OutputRange]] = {}
+        layers: dict[int, keras.Layer] = {}
+        for graph in _graphs(model):
+            self._outputs |= output_ranges(graph)
+            layers |= {id(layer): layer for layer in graph.layers if not is_graph(layer)}
+        decisions = recipe.plan(list(layers.values()))
+        self._decisions: dict[int, Decision] = dict(zip(layers, decisions, strict=True))
+        self._held: dict[int, keras.KerasTensor] = {}
+
+    def new_layer(self, layer: keras.Layer) -> keras.Layer:
+        decision = self._decisions[id(layer)]
+        copy = self.plain_copy(layer)
+        outputs = self._outputs.get(id(layer), [])
+        weights = {}
+        if decision.weights:
+            weights = {
+                path: _weight_quantizer(layer, path, axes, decision.weights)
+                for path, axes in default_weights(layer).items()
+            }
+        if not (weights or (outputs and decision.activations)) or not _is_supported(layer):
+            return copy
+        activations = []
+        if decision.activations:
+            activations = [_output_quantizer(decision.activations, output) for output in outputs]
+            self.methods[layer.name] = decision.activations.range
+        return KerasQuantizationWrapper(copy, weights, activations)
+
+    def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = keras.tree.map_structure(
+            lambda value: self._held.get(id(value), value), (args, kwargs)
+        )
+        outputs = new(*args, **kwargs)
+        if isinstance(layer, keras.Layer) or id(layer) not in self._outputs or not self._between:
+            return outputs
+        flat = keras.tree.flatten(outputs)
+        names = [layer.name if len(flat) == 1 else f"{layer.name}_{i}" for i in range(len(flat))]
+        kinds = self._outputs[id(layer)]
+        held = [
+            self._holder(name, self._between, output)(tensor)
+            for name, output, tensor in zip(names, kinds, flat, strict=True)
+        ]
+        return keras.tree.pack_sequence_as(outputs, held)
+
+    def new_inputs(self, model: keras.Model) -> Any:
+        inputs = super().new_inputs(model)
+        if model is self._model:
+            olds = keras.tree.flatten(model.input)
+            for old, new in zip(olds, keras.tree.flatten(inputs), strict=True):
+                spec = self._input_spec(old)
+                if spec:
+                    self._held[id(new)] = self._holder(new.name, spec)(new)
+        return inputs
+
+    def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
+        layers = super().sequential_layers(model)
+        spec = self._input_spec(model.inputs[0]) if model is self._model else None
+        return [self._holder(model.inputs[0].name, spec), *layers] if spec else layers
+
+    def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
+        if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+            return None
+        for layer in self._model.layers:
+            if isinstance(layer, keras.layers.InputLayer) and layer.output is tensor:
+                return self._decisions[id(layer)].activations
+        return self._between
+
+    def _holder(
+        self, name: str, spec: ActivationSpec, output: OutputRange = OutputRange.DATA
+    ) -> keras.Layer:
+        holder = KerasActivationQuantizationHolder(
+            _output_quantizer(spec, output), name=f"{name}_quantizer"
+        )
+        self.methods[holder.name] = spec.range
+        return holder
+
+
+def _quantize_subclassed(
+    model: keras.Model, recipe: Recipe, example: Example | None
+) -> tuple[keras.Model, dict[str, str]]:
+    """The quantized copy of a model without graph, and how its ranges are found."""
+    layers = quantizable_layers(model)
+    plan = recipe.plan(list(layers.values()))
+    decisions = {
+        path: decision if _is_supported(layer) else Decision(None, None)
+        for (path, layer), decision in zip(layers.items(), plan, strict=True)
+    }
+    weights = {}
+    for path, axes in default_weights(model).items():
+        owners = [owner for owner in layers if path.startswith(f"{owner}/")]
+        spec = decisions[max(owners, key=len)].weights if owners else None
+        if spec:
+            weights[path] = _weight_quantizer(model, path, axes, spec)
+    activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
+    ranges: list[str] = []
+    for path, outputs in layer_outputs(model, example).items():
+        wanted, layer = decisions[path].activations, layers[path]
+        floats = all("float" in keras.backend.standardize_dtype(t.dtype) for t in outputs)
+        if wanted and floats and not carries_grid(layer):
+            kind = output_range(layer)
+            activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
+            ranges += [wanted.range] * len(outputs)
+    new = QuantizedModel(model, weights, activations, example=example)
+    names = [holder.name for holder in new.holders]
+    return new, dict(zip(names, ranges, strict=True))
