@@ -7,7 +7,7 @@ from keras_qwrap._version import __version__
 from keras_qwrap.calibration import calibrate
 from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
 from keras_qwrap.files import custom_objects, keras_load_quantized_model
-from keras_qwrap.folding import FoldedWeights, fold_batch_norm, fold_scales
+from keras_qwrap.folding import fold_batch_norm, fold_scales
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.layer_weights import register_layer_weights
 from keras_qwrap.models import convert_to_inferable, unwrap_model
@@ -67,7 +67,6 @@ __all__ = [
     "BaseKerasInferableQuantizer",
     "BaseKerasTrainableQuantizer",
     "DelayQuantization",
-    "FoldedWeights",
     "FreezeRanges",
     "KerasActivationQuantizationHolder",
     "KerasQuantizationWrapper",

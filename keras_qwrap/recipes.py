@@ -13,8 +13,6 @@ from keras_qwrap.channels import check_bool
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.rules import FLOAT, SPECS, Rule, check_spec, with_specs, without_specs
 from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec, nearest
-from keras_qwrap.specs import activation_quantizer as activation_quantizer
-from keras_qwrap.specs import weights_quantizer as weights_quantizer
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from keras_qwrap import KerasActivationQuantizationHolder as Holder
 from keras_qwrap import KerasQuantizationWrapper as Wrapper
 from keras_qwrap import Recipe, Rule, WeightsSpec
 
-RANDOM = np.random.default_rng(0)
-
 
 def images(count=8, shape=(6, 6, 2)):
     return np.random.default_rng(1).normal(size=(count, *shape)).astype("float32")
@@ -153,7 +151,7 @@ def test_functions_and_several_inputs_have_holders_behind_them():
     left, right = ops.split(total, 2, axis=-1)
     model = keras.Model({"a": first, "b": second, "tokens": tokens}, [left, ops.tanh(right)])
     quantized = qi.quantize_model(model)
-    names = [name for name in kinds(quantized)]
+    names = list(kinds(quantized))
     assert names[:2] == ["a_quantizer", "b_quantizer"]
     assert sum("add" in name for name in names) == 1
     assert sum("multiply" in name for name in names) == 1
@@ -271,5 +269,5 @@ def test_bad_calibration_data(data, message):
 
 @pytest.mark.parametrize("recipe", ["w8b8", {"weight": {}}, Recipe(rules=[Rule(name="nowhere")])])
 def test_bad_recipes(recipe):
-    with pytest.raises(ValueError, match="w8b8|weight|nowhere"):
+    with pytest.raises(ValueError, match=r"w8b8|weight|nowhere"):
         qi.quantize_model(small(), recipe)

@@ -25,6 +25,8 @@ SERIALIZABLE = [
     *INFERABLE,
     "KerasActivationQuantizationHolder",
     "KerasQuantizationWrapper",
+    "MovingAverageActivationQATQuantizer",
+    "QuantizedModel",
     "STEActivationQATQuantizer",
     "STEUniformActivationQATQuantizer",
     "STEUniformWeightQATQuantizer",
@@ -132,6 +134,10 @@ ARGUMENTS = {
     "WeightsPOTInferableQuantizer": POWER_OF_TWO | {"narrow": True},
     "WeightsSymmetricInferableQuantizer": SYMMETRIC | {"narrow": True},
     "WeightsUniformInferableQuantizer": UNIFORM,
+    "MovingAverageActivationQATQuantizer": {
+        "quantization_config": activation_config(METHOD.SYMMETRIC, {}),
+        "momentum": 0.25,
+    },
     "STEActivationQATQuantizer": {
         "quantization_config": activation_config(METHOD.SYMMETRIC, {"threshold": 0.3})
     },
@@ -167,9 +173,8 @@ def rebuilt(thing):
 
 
 def test_every_argument_is_tried_at_another_value_than_its_default():
-    assert {*ARGUMENTS, "KerasQuantizationWrapper", "KerasActivationQuantizationHolder"} == set(
-        SERIALIZABLE
-    )
+    layers = {"KerasQuantizationWrapper", "KerasActivationQuantizationHolder", "QuantizedModel"}
+    assert set(ARGUMENTS) | layers == set(SERIALIZABLE)
     for name, arguments in ARGUMENTS.items():
         parameters = inspect.signature(getattr(qi, name)).parameters
         assert set(parameters) == set(arguments)
