@@ -260,12 +260,6 @@ class Squared(layers.Conv2D):
         return super().call(inputs) ** 2
 
 
-def overflowing(x):
-    return BatchNorm(gamma_initializer=keras.initializers.Constant(3e38))(
-        layers.Conv2D(3, 1, kernel_initializer=keras.initializers.Constant(1e3))(x)
-    )
-
-
 STAYING = {
     "shared convolution": shared_convolution,
     "shared normalization": shared_normalization,
@@ -323,9 +317,17 @@ def test_nested_model_called_in_training_keeps_its_normalizations():
     np.testing.assert_allclose(to_numpy(folded(x)), to_numpy(model(x)), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_finite_is_not_folded():
-    inputs = keras.Input((4, 4, 3))
-    assert len(norms(fold_batch_norm(keras.Model(inputs, overflowing(inputs))))) == 1
+@pytest.mark.parametrize(
+    ("weight", "statistics"),
+    [(1e3, {"gamma": 3e38}), (0.0, {"beta": -3e38, "moving_mean": 3e38})],
+    ids=["kernel", "bias"],
+)
+def test_what_is_not_finite_is_not_folded(weight, statistics):
+    model = sequential((5,), layers.Dense(4), BatchNorm())
+    model.layers[0].kernel.assign(np.full((5, 4), weight))
+    for name, value in statistics.items():
+        getattr(model.layers[1], name).assign(np.full(4, value))
+    assert len(norms(fold_batch_norm(model))) == 1
 
 
 def test_one_normalization_for_each_layer():
