@@ -1,97 +1,22 @@
 """The activation quantizer whose range is a moving average, against numpy."""
 
-import json
-import math
-
-import keras
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
 from keras import ops
-from reference import (
-    MODERATE,
-    arrays,
-    dtype_of,
-    gradient,
-    in_every_mode,
-    integer_codes,
-    integer_values,
-    refused,
-    same,
-    to_numpy,
+from moving_average_cases import (
+    BATCHES,
+    METHODS,
+    M,
+    f32,
+    grid_of,
+    hold,
+    holding,
+    make,
+    moving_ranges,
+    quantized,
+    state,
 )
-
-import keras_qwrap as qi
-from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.testing import check_quantizer
-
-M = qi.QuantizationMethod
-METHODS = [M.UNIFORM, M.SYMMETRIC, M.POWER_OF_TWO]
-FLOOR = 2.0**-16
-BATCHES = [[0.5, 2.0], [-1.0, 0.25], [3.0, 4.5], [-0.125, -0.5]]
-
-
-def make(method=M.UNIFORM, bits=8, params=None, momentum=0.9, **options):
-    config = qi.TrainableQuantizerActivationConfig(method, bits, params or {}, **options)
-    return MovingAverageActivationQATQuantizer(config, momentum)
-
-
-def hold(quantizer, shape=(None,)):
-    holder = qi.KerasActivationQuantizationHolder(quantizer)
-    holder.build(shape)
-    return holder
-
-
-def holding(low, high, *args, **kwargs):
-    """A holder whose quantizer has a range."""
-    quantizer = make(*args, **kwargs)
-    holder = hold(quantizer)
-    quantizer.set_range(low, high)
-    return holder
-
-
-def state(quantizer, role):
-    return to_numpy(quantizer.quantizer_parameters[role]).item()
-
-
-def f32(numbers):
-    return np.asarray(numbers, np.float32)
-
-
-def moving_ranges(batches, momentum):
-    """The range after each batch; float32 as the quantizer is."""
-    old, new = np.float32(momentum), np.float32(1 - momentum)
-    low, high = np.float32(0), np.float32(0)
-    for batch in batches:
-        least, most = min(*f32(batch), np.float32(0)), max(*f32(batch), np.float32(0))
-        begun = low < 0 or high > 0
-        low = old * low + new * least if begun else least
-        high = old * high + new * most if begun else most
-        yield float(low), float(high)
-
-
-def grid_of(low, high, method, bits):
-    """Scale, zero point, lowest and highest code, of a range that is wide enough."""
-    low, high = np.float32(low), np.float32(high)
-    if method is M.UNIFORM:
-        scale = (high - low) * np.float32(1 / (2**bits - 1))
-        return scale, int(np.round(-low / scale)), 0, 2**bits - 1
-    signed = low < 0
-    lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    scale = high * np.float32(1 / highest)
-    if signed:
-        scale = max(scale, -low * np.float32(2.0 ** (1 - bits)))
-    if method is M.POWER_OF_TWO:
-        fraction, exponent = math.frexp(scale)
-        scale = np.float32(2.0 ** (exponent if fraction > 0.5 else exponent - 1))
-    return scale, 0, lowest, highest
-
-
-def quantized(x, low, high, method, bits):
-    scale, zero_point, lowest, highest = grid_of(low, high, method, bits)
-    codes = integer_codes(x, scale, zero_point, lowest, highest)
-    return integer_values(codes, scale, zero_point)
+from reference import dtype_of, gradient, in_every_mode, same, to_numpy
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
@@ -260,78 +185,6 @@ def test_an_initial_range_in_the_config(method):
     assert quantizer.range == tuple(float(end) for end in expected)
 
 
-ENDS = st.floats(-1e6, 1e6, width=32)
-
-
-@settings(max_examples=15)
-@given(
-    st.sampled_from(METHODS),
-    st.integers(2, 16),
-    ENDS,
-    ENDS,
-    arrays(MODERATE, [(16,)]),
-)
-@example(M.UNIFORM, 8, 1e-6, 2e-6, f32(np.linspace(-1, 1, 16)))
-@example(M.SYMMETRIC, 8, -1e-40, 1.0, f32(np.linspace(-1, 1, 16)))
-@example(M.POWER_OF_TWO, 2, -0.5, 0.25, f32(np.linspace(-1, 1, 16)))
-def test_the_converted_quantizer_gives_the_same_outputs(method, bits, a, b, x):
-    low, high = min(a, b), max(a, b)
-    assume(high > 0 or low < 0)
-    quantizer = make(method, bits, momentum=0.7)
-    holder = hold(quantizer)
-    holder(f32([low, high]), training=True)
-    holder(f32([high / 3, high]), training=True)
-    assume(quantizer.range is not None)
-    expected = to_numpy(holder(x))
-    converted = holder.convert_to_inferable_quantizers()
-    same(converted(x), expected)
-    config = json.loads(json.dumps(converted.get_config()))
-    reloaded = type(converted).from_config(config)
-    reloaded.build((16,))
-    same(reloaded(x), expected)
-    same(quantizer.dequantize(quantizer.quantize_to_codes(x)), expected)
-    assert quantizer.num_bits == bits
-
-
-def trained_model(method):
-    config = qi.TrainableQuantizerWeightsConfig(M.SYMMETRIC, 4)
-    wrapper = qi.KerasQuantizationWrapper(
-        keras.layers.Dense(3),
-        {"kernel": qi.STEWeightQATQuantizer(config)},
-        make(method, 4, momentum=0.75),
-    )
-    holder = qi.KerasActivationQuantizationHolder(make(method, 5, momentum=0.5))
-    model = keras.Sequential([keras.Input((4,)), holder, wrapper])
-    model.compile(keras.optimizers.Adam(0.01), keras.losses.MeanSquaredError())
-    return model
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_trained_converted_and_reloaded_models_are_equal(method, random, tmp_path):
-    model = trained_model(method)
-    x = f32(random.normal(size=(20, 4)))
-    model.fit(x, x[:, :3], batch_size=6, epochs=2, verbose=0, shuffle=False)
-    holder, wrapper = model.layers
-    assert state(holder.activation_holder_quantizer, "steps") == 8
-    assert state(wrapper.activation_quantizers[0], "steps") == 8
-    *_, ends = moving_ranges([x[i : i + 6].ravel() for i in (0, 6, 12, 18)] * 2, 0.5)
-    np.testing.assert_allclose(holder.activation_holder_quantizer.range, ends, rtol=1e-6)
-    expected = model.predict(x, verbose=0)
-    assert len(np.unique(expected)) <= 16
-    converted = qi.convert_to_inferable(model)
-    same(converted.predict(x, verbose=0), expected)
-    expected = to_numpy(model(x))
-    same(converted(x), expected)
-    for source in (model, converted):
-        for suffix in ("keras", "h5"):
-            path = tmp_path / f"model.{suffix}"
-            source.save(path)
-            reloaded = keras.models.load_model(path, compile=False)
-            same(reloaded(x), expected)
-            for old, new in zip(source.variables, reloaded.variables, strict=True):
-                same(new.value, to_numpy(old))
-
-
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1000, 2**17])
@@ -395,19 +248,6 @@ def test_a_stateless_call_returns_the_new_state():
     assert quantizer.range is None
 
 
-def test_variables():
-    holder = hold(make())
-    assert [
-        (v.name, dtype_of(v), v.trainable, v.aggregation, tuple(v.shape)) for v in holder.variables
-    ] == [
-        ("output_0_min_range", "float32", False, "mean", ()),
-        ("output_0_max_range", "float32", False, "mean", ()),
-        ("output_0_steps", "int32", False, "only_first_replica", ()),
-        ("output_0_delay", "int32", False, "only_first_replica", ()),
-        ("output_0_frozen", "bool", False, "only_first_replica", ()),
-    ]
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_inputs(dtype):
     quantizer = make(bits=4)
@@ -418,101 +258,3 @@ def test_half_precision_inputs(dtype):
     assert quantizer.range == (-1.0, 2.0)
     exact = quantized(to_numpy(ops.cast(x, "float32")), -1.0, 2.0, M.UNIFORM, 4)
     same(ops.cast(y, "float32"), to_numpy(ops.cast(ops.cast(exact, dtype), "float32")))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_contract(method, random):
-    params = {"range_min": -1.1, "range_max": 1.7}
-    check_quantizer(make(method, 4, params), random.normal(size=(2, 3, 4)))
-
-
-def test_config():
-    params = {"range_min": -1.0, "range_max": 2.0}
-    quantizer = make(M.SYMMETRIC, 5, params, momentum=0.25, min_threshold=0.125)
-    again = MovingAverageActivationQATQuantizer.from_config(
-        json.loads(json.dumps(quantizer.get_config()))
-    )
-    assert again.get_config() == quantizer.get_config()
-    assert again.momentum == 0.25
-    assert again.quantization_config == quantizer.quantization_config
-    assert type(np.float32(0.5).item()) is type(make(momentum=np.float32(0.5)).momentum)
-    config = qi.TrainableQuantizerActivationConfig(M.UNIFORM)
-    assert MovingAverageActivationQATQuantizer(config).momentum == 0.99
-
-
-@pytest.mark.parametrize("momentum", [1.0, -0.1, 1.5, float("nan")])
-def test_momentum_out_of_bounds(momentum):
-    refused(ValueError, lambda: make(momentum=momentum), "momentum", "from 0 to below 1")
-
-
-@pytest.mark.parametrize("momentum", ["0.9", None, True])
-def test_momentum_of_another_type(momentum):
-    refused(TypeError, lambda: make(momentum=momentum), "momentum", "from 0 to below 1")
-
-
-@pytest.mark.parametrize(
-    ("params", "error", "fragment"),
-    [
-        ({"range_min": -1.0}, ValueError, "range_max"),
-        ({"range_max": 1.0}, ValueError, "range_min"),
-        ({"threshold": 1.0}, ValueError, "threshold"),
-        ({"range_min": -1.0, "range_max": 1.0, "x": 1}, ValueError, "'x'"),
-        ({"range_min": 1.0, "range_max": 1.0}, ValueError, "min_range"),
-        ({"range_min": 2.0, "range_max": 1.0}, ValueError, "min_range"),
-        ({"range_min": 0.0, "range_max": FLOOR / 2}, ValueError, "min_threshold"),
-        ({"range_min": [-1.0, -2.0], "range_max": [1.0, 2.0]}, ValueError, "one number"),
-        ({"range_min": -1.0, "range_max": "one"}, TypeError, "max_range"),
-        ({"range_min": -1.0, "range_max": float("nan")}, ValueError, "max_range"),
-        ({"range_min": -1.0, "range_max": 1e38}, ValueError, "2**125"),
-    ],
-)
-def test_params_that_are_refused(params, error, fragment):
-    refused(error, lambda: make(params=params), fragment)
-
-
-def test_configs_of_another_kind():
-    weights = qi.TrainableQuantizerWeightsConfig(M.UNIFORM)
-    refused(TypeError, lambda: MovingAverageActivationQATQuantizer(weights), "Activation")
-    refused(ValueError, lambda: make(M.LUT_POT_QUANTIZER), "LUT_POT_QUANTIZER", "UNIFORM")
-
-
-@pytest.mark.parametrize(
-    ("ends", "error", "fragment"),
-    [
-        ((1.0, -1.0), ValueError, "low"),
-        ((float("nan"), 1.0), ValueError, "low"),
-        ((0.0, float("inf")), ValueError, "high"),
-        ((-1e38, 0.0), ValueError, "2**125"),
-        (("-1.0", 1.0), TypeError, "low"),
-        (([-1.0, -2.0], 1.0), ValueError, "one number"),
-    ],
-)
-def test_set_range_refuses(ends, error, fragment):
-    holder = holding(-1.0, 2.0)
-    quantizer = holder.activation_holder_quantizer
-    refused(error, lambda: quantizer.set_range(*ends), "set_range", fragment)
-    assert quantizer.range == (-1.0, 2.0)
-
-
-def test_what_needs_variables_or_a_range():
-    unbuilt = make()
-    for action in (
-        lambda: unbuilt(f32([1.0])),
-        lambda: unbuilt.range,
-        lambda: unbuilt.set_range(0.0, 1.0),
-        unbuilt.convert2inferable,
-    ):
-        refused(ValueError, action, "built")
-    quantizer = make()
-    holder = hold(quantizer)
-    refused(ValueError, quantizer.convert2inferable, "not calibrated", "set_range")
-    refused(ValueError, holder.convert_to_inferable_quantizers, "not calibrated")
-    refused(TypeError, lambda: quantizer(np.int32([1])), "float")
-
-
-def test_a_disabled_one_passes_everything():
-    quantizer = make(enable_activation_quantization=False)
-    holder = hold(quantizer)
-    x = f32([-9.3, 2.2])
-    same(holder(x, training=True), x)
-    assert not holder.variables
