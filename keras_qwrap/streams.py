@@ -137,8 +137,8 @@ def _raw_batches(data: Any, expected: Any, batch_size: int) -> Iterator[Any]:
     if whole is not None:
         return _slices(whole, batch_size)
     if isinstance(data, keras.utils.PyDataset):
-        number: Any = data.num_batches
-        items = map(data.__getitem__, count() if _is_endless(data) else range(number))
+        indices = count() if _is_endless(data) else range(data.num_batches)
+        items = map(data.__getitem__, indices)
         return map(partial(_without_targets, expected=expected), items)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         fix = "Call the generator function first." if callable(data) else "Pass the model's inputs."
@@ -164,7 +164,7 @@ def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
             "arrays with the same number of rows",
             "Stack the examples along the first axis.",
         )
-    starts = range(0, lengths.pop(), batch_size)
+    starts = range(0, shapes[0][0], batch_size)
     return (
         keras.tree.map_structure(lambda array, i=start: array[i : i + batch_size], whole)
         for start in starts
