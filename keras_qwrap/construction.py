@@ -7,7 +7,9 @@ from typing import Any
 import keras
 from keras import tree
 
-from keras_qwrap.errors import bad_type
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.substitution import sublayers
+from keras_qwrap.weight_paths import find_weights
 
 
 def sign(function: Any, signature: inspect.Signature) -> Callable:
@@ -42,6 +44,23 @@ class Construction:
         self.example: tuple[tuple, dict] | None = None
         self.output_shapes: list[tuple] | None = None
         self.quantized: list[tuple[str, keras.Variable]] = []
+
+    def find_quantized(self, layer: keras.Layer, paths: list[str]) -> None:
+        """Find the weights; one that a wrapper inside quantizes already is refused."""
+        taken = {
+            id(variable): inner.name
+            for inner in sublayers(layer)
+            for _, variable in getattr(getattr(inner, "_construction", None), "quantized", [])
+        }
+        self.quantized = find_weights(layer, paths)
+        for path, variable in self.quantized:
+            if id(variable) in taken:
+                raise bad_value(
+                    "weights_quantizers",
+                    f"'{path}', which wrapper '{taken[id(variable)]}' inside quantizes already",
+                    "a weight without quantizer",
+                    "Drop one of the two quantizers.",
+                )
 
     def see_call(self, args: tuple, kwargs: dict) -> None:
         """Take the arguments of the first call as the example."""

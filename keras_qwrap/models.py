@@ -138,17 +138,10 @@ class _Unwrapper(Copier):
 
 
 def _unwrapped(layer: keras.Layer) -> tuple[keras.Layer, dict[int, np.ndarray]]:
-    """The layer inside all wrappers, and its quantized weights by the `id` of their variables.
-
-    A wrapper around a wrapper hands on the weights that it has quantized, as in a call.
-    """
+    """The layer inside all wrappers, and its quantized weights by the `id` of their variables."""
     weights: dict[int, np.ndarray] = {}
-    replaced: list[tuple[keras.Variable, np.ndarray]] = []
     while isinstance(layer, KerasQuantizationWrapper):
-        with keras.StatelessScope(replaced):
-            found = layer.get_quantized_weights()
-        replaced += [(layer.latent_weight(path), weight) for path, weight in found.items()]
+        for path, weight in layer.get_quantized_weights().items():
+            weights[id(layer.latent_weight(path))] = weight
         layer = layer.layer
-    for variable, weight in replaced:
-        weights[id(variable)] = weight
     return layer, weights

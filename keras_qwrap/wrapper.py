@@ -29,7 +29,6 @@ from keras_qwrap.tensors import read, to_numpy
 from keras_qwrap.weight_paths import (
     check_supported,
     copy_variables,
-    find_weights,
     refuse_replaced_weights,
 )
 
@@ -176,7 +175,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         check_supported(self)
         build_layer(self.layer, args, kwargs, example)
         check_supported(self)
-        self._construction.quantized = find_weights(self.layer, sorted(self.weights_quantizers))
+        self._construction.find_quantized(self.layer, sorted(self.weights_quantizers))
         shapes = self._find_output_shapes(*example) if self.activation_quantizers else []
         for path, variable in self._construction.quantized:
             name = path.replace("/", "_")

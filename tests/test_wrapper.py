@@ -69,6 +69,12 @@ def test_wrapper_in_wrapper():
     assert len(np.unique(bias)) > 1
 
 
+def test_a_weight_is_quantized_by_one_wrapper_only():
+    inner = Wrapper(layers.Dense(3), {"kernel": weight(3)}, name="inner")
+    with pytest.raises(ValueError, match="wrapper 'inner' inside quantizes already"):
+        Wrapper(inner, {"layer/kernel": weight(2)})(floats(2, 4))
+
+
 def test_wrapper_inside_time_distributed():
     layer = layers.TimeDistributed(wrapped_dense())
     model = keras.Sequential([keras.Input((4, 2)), layer])
