@@ -73,8 +73,10 @@ def ends(x):
 
 @pytest.mark.parametrize("batch_size", [4, 7, 50])
 def test_min_max_is_that_of_the_float_activations(batch_size, random):
-    """Weights are quantized, earlier activations are not; batches of any size give the same."""
+    """Weights are quantized, activations are not, though they have ranges; for any batches."""
     model, x = small_model(), floats(random, 50, 3)
+    for layer in model.layers[::2]:
+        layer.activation_holder_quantizer.set_range(-0.1, 0.1)
     found = calibrate(model, x, "minmax", batch_size, verbose=0)
     assert list(found) == ["input", "hidden", "output"]
     for name, values in in_float(model, x).items():
@@ -232,6 +234,15 @@ def test_an_outlier_in_a_large_tensor_that_the_sample_misses(random):
     clean = ends(np.delete(x, 3, 0))
     assert 0.6 * clean[1] < found[1] < 1.6 * clean[1]
     np.testing.assert_allclose(found[0], clean[0], rtol=0.4)
+
+
+def test_a_small_batch_of_outliers(random):
+    """They stand out only among the values of all batches."""
+    x = floats(random, 2000, 3)
+    model = just_holder()
+    with pytest.warns(UserWarning, match="outliers"):
+        found = calibrate(model, iter([x, np.full((1, 3), 1e9)]), "minmax", verbose=0)["only"]
+    assert 2 < found[1] < 8
 
 
 def test_wide_but_honest_ranges_are_kept(random):
