@@ -51,9 +51,10 @@ class QuantizedModel(keras.Model):
     A built model is copied with its weights and its `trainable` flags; one that is not built is
     copied from its config alone, and the new model is built by its first call.
 
-    Limits: training uses Keras' own steps, not a `train_step` of the model's class. An activity
-    regularizer of an inner layer sees the quantized outputs. Legacy `.h5` files of subclassed
-    models cannot be loaded, as in plain Keras: save to `.keras`.
+    Limits: training uses Keras' own steps, not a `train_step` of the model's class. `fit` tells all
+    inner layers that they train, also where the model's `call` takes no `training` (plain Keras
+    then leaves Dropout off). An activity regularizer of an inner layer sees the quantized outputs.
+    Legacy `.h5` files of subclassed models cannot be loaded, as in plain Keras: save to `.keras`.
 
     Args:
         model: a subclassed model, which its `get_config` describes completely.

@@ -22,8 +22,8 @@ class Block(keras.layers.Layer):
         self.dense = keras.layers.Dense(units)
         self.dropout = keras.layers.Dropout(0.5)
 
-    def call(self, x):
-        return x + self.dropout(self.dense(x))
+    def call(self, x, training=None):
+        return x + self.dropout(self.dense(x), training=training)
 
     def get_config(self):
         return super().get_config() | {"units": self.units}
@@ -46,7 +46,7 @@ class Net(keras.Model):
     def call(self, x, training=None):
         x = self.norm(self.first(x), training=training)
         for block in [*self.blocks, self.blocks[0]]:
-            x = block(x)
+            x = block(x, training=training)
         self.add_loss(0.1 * ops.mean(x))
         return self.head(x)
 
@@ -65,9 +65,21 @@ class Sequences(keras.Model):
         self.both = keras.layers.Bidirectional(keras.layers.LSTM(2))
 
     def call(self, ids):
-        sequence, state, _ = self.lstm(self.embedding(ids))
+        sequence, state, cell = self.lstm(self.embedding(ids))
         sequence = self.attention(sequence, sequence)
-        return {"both": self.both(sequence), "state": state}
+        return {"both": self.both(sequence), "state": state, "cell": cell}
+
+
+class Masked(keras.Model):
+    """Hands the mask of its input on."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x, mask=None):
+        return self.dense(x)
 
 
 class Tower(keras.Model):
