@@ -128,7 +128,8 @@ def _weight_quantizer(
     layer: keras.Layer, path: str, axes: int | tuple[int, ...] | None, spec: WeightsSpec
 ) -> BaseKerasTrainableQuantizer:
     weight = to_numpy(find_weight(layer, path)).astype(np.float32)
-    kept = axes if spec.per_channel else None
+    number = len(axes) if isinstance(axes, tuple) else 1
+    kept = axes if spec.per_channel and number < weight.ndim else None
     params = None
     if spec.range == "mse":
         params = {"threshold": weights_threshold(weight, kept, spec.num_bits, spec.method)}

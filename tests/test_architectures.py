@@ -60,15 +60,19 @@ def assert_same(first, second):
         np.testing.assert_array_equal(a, b)
 
 
-def check_report(model):
-    """Every kernel of a model is in its report, which is plain data."""
-    report = qi.quantization_report(model).to_dict()
-    assert json.loads(json.dumps(report)) == report
-    return report
+def check_report(quantized, model):
+    """Every weight of the float model is in the report, which is plain data."""
+    report = qi.quantization_report(quantized)
+    plain = report.to_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    totals = report.totals
+    assert totals.quantized_weights + totals.float_weights == len(model.weights)
+    assert totals.uncalibrated_activations == 0
 
 
 @pytest.mark.slow
 @pytest.mark.tensorflow
+@pytest.mark.filterwarnings("ignore:calibrate. the activation of")  # random weights: dead layers
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_of_keras_applications(name, tmp_path):
     keras.utils.set_random_seed(0)
@@ -78,8 +82,8 @@ def test_a_family_of_keras_applications(name, tmp_path):
     images = np.random.default_rng(0).uniform(0, 255, (2, side, side, 3)).astype(np.float32)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     quantized, converted = live(model, images, np.array([0, 2]), tmp_path, loss)
-    check_report(quantized)
-    check_report(converted)
+    check_report(quantized, model)
+    check_report(converted, model)
     for layer in model.layers:
         if isinstance(layer, (layers.Conv2D, layers.DepthwiseConv2D, layers.Dense)):
             wrapper = quantized.get_layer(layer.name)
@@ -165,5 +169,5 @@ def test_an_architecture(make, tmp_path):
     keras.utils.set_random_seed(0)
     model, inputs, targets, loss = make()
     quantized, converted = live(model, inputs, targets, tmp_path, loss)
-    check_report(quantized)
-    check_report(converted)
+    check_report(quantized, model)
+    check_report(converted, model)

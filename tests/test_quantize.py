@@ -144,6 +144,24 @@ def test_kernels_with_two_kept_axes(layer, found):
     assert wrapper.get_codes()[path][1].shape == (1, 1, 2, 1)
 
 
+@keras.saving.register_keras_serializable("test_quantize")
+class Scaled(layers.Layer):
+    def build(self, shape):
+        self.factors = self.add_weight(shape=(shape[-1],), name="factors")
+
+    def call(self, inputs):
+        return inputs * self.factors
+
+
+@pytest.mark.parametrize("found", ["weight", "mse"])
+def test_a_weight_whose_axes_are_all_kept_has_one_range(found):
+    qi.register_layer_weights(Scaled, {"factors": -1})
+    model = keras.Sequential([keras.Input((4,)), Scaled()])
+    recipe = Recipe(WeightsSpec(4, range=found), "float")
+    wrapper = qi.quantize_model(model, recipe).layers[0]
+    assert wrapper.get_codes()["factors"][1].size == 1
+
+
 def test_functions_and_several_inputs_have_holders_behind_them():
     first, second = keras.Input((4,), name="a"), keras.Input((4,), name="b")
     tokens = keras.Input((4,), dtype="int32", name="tokens")
