@@ -91,7 +91,7 @@ class QuantizedModel(keras.Model):
             return self.dense(inputs)
 
     model = Net()
-    model.build((None, 5))
+    model(keras.ops.zeros((1, 5)))
     config = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC, 8)
     output = qi.ActivationSymmetricInferableQuantizer(8, threshold=4.0, signed=True)
     quantized = QuantizedModel(
