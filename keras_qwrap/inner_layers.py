@@ -12,7 +12,7 @@ from keras import tree
 from keras_qwrap.construction import Construction, sign
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import output_specs, sublayers
-from keras_qwrap.weight_paths import _children, _follow, copy_variables, own_weights
+from keras_qwrap.weight_paths import children, copy_variables, follow, own_weights
 
 Example = tuple[Sequence, Mapping[str, Any]]
 
@@ -63,7 +63,7 @@ def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
             if id(parent) in visited:
                 continue
             visited.add(id(parent))
-            for name, child in _children(parent):
+            for name, child in children(parent):
                 path = f"{prefix}{name}"
                 is_layer = isinstance(child, keras.Layer)
                 if is_layer and child is not model and _is_unit(child):
@@ -97,7 +97,7 @@ def find_layers(model: keras.Model, paths: Sequence[str]) -> dict[str, keras.Lay
     inside = {id(layer) for layer in sublayers(model) if layer is not model}
     found: dict[str, keras.Layer] = {}
     for path in paths:
-        layer = _follow(model, path)
+        layer = follow(model, path)
         if id(layer) not in inside:
             existing = list(quantizable_layers(model))
             nearest = difflib.get_close_matches(path, existing, n=1, cutoff=0.0)

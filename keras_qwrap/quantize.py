@@ -266,5 +266,7 @@ def _quantize_subclassed(
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
             ranges += [wanted.range] * len(outputs)
     new = QuantizedModel(model, weights, activations, example=example)
+    if model.compiled:
+        new.compile_from_config(model.get_compile_config())
     names = [holder.name for holder in new.holders]
     return new, dict(zip(names, ranges, strict=True))

@@ -277,7 +277,7 @@ class QuantizedModel(keras.Model):
 
     def _example(self) -> tuple[tuple, dict]:
         """Symbolic arguments of the copy's own call."""
-        return self.wrapper._for_layer(*(self._construction.example or ((), {})))
+        return self.wrapper.for_layer(*(self._construction.example or ((), {})))
 
     def _built_weights(self, what: str) -> dict[str, np.ndarray]:
         if not self.built:

@@ -35,7 +35,7 @@ def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
             if id(parent) in visited:
                 continue
             visited.add(id(parent))
-            for name, child in _children(parent):
+            for name, child in children(parent):
                 path = f"{prefix}{name}"
                 if isinstance(child, keras.Variable):
                     if id(child) in wanted:
@@ -61,7 +61,8 @@ _BOOKKEEPING = {
 """Lists that Keras keeps on every layer: paths through them would not be the user's names."""
 
 
-def _children(parent: Any) -> list[tuple[str, Any]]:
+def children(parent: Any) -> list[tuple[str, Any]]:
+    """Named parts of a layer, list or dictionary: attributes, indices, or keys."""
     if isinstance(parent, dict):
         return [(str(key), child) for key, child in parent.items() if isinstance(key, str)]
     if isinstance(parent, (list, tuple)):
@@ -90,7 +91,7 @@ def _get(parent: Any, part: str) -> Any:
     return getattr(parent, part, getattr(parent, f"_{part}", None))
 
 
-def _follow(layer: keras.Layer, path: str) -> Any:
+def follow(layer: keras.Layer, path: str) -> Any:
     """What `path` leads to, None where that is nothing."""
     first, *rest = path.split("/")
     found: Any = layer
@@ -111,7 +112,7 @@ def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
         ValueError: there is no such weight; the message lists those that exist.
         TypeError: what the path leads to is not a floating-point `keras.Variable`.
     """
-    found = _follow(layer, path)
+    found = follow(layer, path)
     if isinstance(found, keras.Variable) and any(found is v for v in layer.weights):
         if "float" not in found.dtype:
             raise bad_type(path, found.dtype, "a floating-point weight", "Leave it out.")
@@ -226,7 +227,7 @@ def _own_defaults(
         return [(variable, -1) for variable in _largest_kernels(layer)]
     found = []
     for path, axes in row[1].weights.items():
-        variable = _follow(layer, path)
+        variable = follow(layer, path)
         if _is_float_weight(layer, variable):
             kept = axes(layer) if callable(axes) else axes
             _check_axes_fit(f"{row[0]}: '{path}'", kept, len(variable.shape))
@@ -289,7 +290,7 @@ def weight_reason(layer: keras.Layer) -> str:
     name = type(layer).__name__
     row = find_row(layer)
     if row is not None:
-        missing = [p for p in row[1].weights if not _is_float_weight(layer, _follow(layer, p))]
+        missing = [p for p in row[1].weights if not _is_float_weight(layer, follow(layer, p))]
         absent = f"; this layer has no float weight {', '.join(missing)}" if missing else ""
         return f"{row[0]}: {row[1].reason}{absent}"
     if not own_weights(layer):

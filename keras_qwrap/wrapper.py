@@ -171,7 +171,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def build(self, *args: Any, **kwargs: Any) -> None:
         """Build the wrapped layer, find its weights, and create the quantizers' variables."""
         self._construction.see_shapes(args, kwargs)
-        example = self._for_layer(*(self._construction.example or ((), {})))
+        example = self.for_layer(*(self._construction.example or ((), {})))
         check_supported(self)
         build_layer(self.layer, args, kwargs, example)
         check_supported(self)
@@ -225,7 +225,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
             self._construction.from_config(config)
             self.build(*config["args"], **config["kwargs"])
 
-    def _for_layer(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def for_layer(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Arguments of this layer's call as the wrapped layer takes them."""
         if "training" in self._layer_signature.parameters:
             return args, kwargs
@@ -235,7 +235,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         """The wrapped layer's outputs; takes the arguments of its call, and `training`."""
         refuse_replaced_weights(self.layer)
         training = self._signature.bind(*args, **kwargs).arguments.get("training")
-        args, kwargs = self._for_layer(args, kwargs)
+        args, kwargs = self.for_layer(args, kwargs)
         if self.converted:
             self._refuse_training(training)
             outputs = self.layer(*args, **kwargs)
@@ -266,7 +266,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped layer's output specification: quantizers keep shape and dtype."""
-        args, kwargs = self._for_layer(args, kwargs)
+        args, kwargs = self.for_layer(args, kwargs)
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:

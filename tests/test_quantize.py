@@ -289,3 +289,42 @@ def test_bad_calibration_data(data, message):
 def test_bad_recipes(recipe):
     with pytest.raises(ValueError, match=r"w8b8|weight|nowhere"):
         qi.quantize_model(small(), recipe)
+
+
+@keras.saving.register_keras_serializable("test_quantize")
+class Tagger(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = layers.Embedding(9, 4)
+        self.blocks = [layers.LSTM(3, return_sequences=True), layers.Dropout(0.1)]
+        self.head = layers.Dense(2, activation="softmax")
+
+    def call(self, tokens, training=None):
+        tensor = self.embedding(tokens)
+        for block in self.blocks:
+            tensor = block(tensor, training=training)
+        return self.head(tensor)
+
+
+def test_a_subclassed_model_has_the_weights_and_outputs_of_its_layers_quantized():
+    model = Tagger()
+    tokens = np.random.default_rng(0).integers(0, 9, (8, 5)).astype("int32")
+    model(tokens)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    recipe = Recipe.from_preset("w8a8", rules=[Rule.leave_in_float(layer_class=layers.Embedding)])
+    example = ((keras.KerasTensor((None, 5), "int32"),), {})
+    quantized = qi.quantize_model(model, recipe, tokens, verbose=0, example=example)
+    assert isinstance(quantized, qi.QuantizedModel)
+    assert sorted(quantized.weights_quantizers) == [
+        "blocks/0/cell/kernel",
+        "blocks/0/cell/recurrent_kernel",
+        "head/kernel",
+    ]
+    assert sorted(quantized.activation_quantizers) == ["blocks/0", "head"]
+    assert quantized.activation_quantizers["blocks/0"][0].range is not None
+    expected = ops.convert_to_numpy(quantized(tokens, training=False))
+    np.testing.assert_array_equal(expected, np.round(expected * 256) / 256)
+    quantized.fit(tokens, np.zeros((8, 5)), verbose=0)
+    expected = ops.convert_to_numpy(quantized(tokens, training=False))
+    converted = qi.convert_to_inferable(quantized)
+    np.testing.assert_array_equal(ops.convert_to_numpy(converted(tokens, training=False)), expected)
