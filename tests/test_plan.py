@@ -69,7 +69,6 @@ def chosen(rule: Rule, layers: list[keras.Layer]) -> list[str]:
         ({"predicate": lambda layer: len(layer.weights) == 4}, ["norm"]),
         ({"predicate": lambda layer: np.bool_(layer.name == "flat")}, ["flat"]),
     ],
-    ids=str,
 )
 def test_what_a_rule_matches(layers, match, names):
     assert chosen(Rule(**match, weights=W4), layers) == names
@@ -142,7 +141,6 @@ def test_a_name_that_is_not_there_is_refused(layers):
         ({"position": -5}, ["Rule(position=-5)"]),
         ({"predicate": lambda layer: False}, ["<lambda>", "'block'"]),
     ],
-    ids=str,
 )
 def test_a_rule_that_matches_nothing_warns(layers, match, fragments):
     with pytest.warns(UserWarning, match="matches no layer of the model") as caught:
