@@ -164,6 +164,7 @@ def subclassed():
     return model, x, np.ones((4, 2), "float32"), "mse"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tagger, encoder, unet, two_and_two, siamese, subclassed])
 def test_an_architecture(make, tmp_path):
     keras.utils.set_random_seed(0)

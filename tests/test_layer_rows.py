@@ -69,7 +69,7 @@ def test_no_row_is_left_over():
         "ConvLSTMCell",
         "QuantizingLayer",
     }
-    assert set(ALIASES) <= names
+    assert {name for name in ALIASES if isinstance(name, str)} <= names
 
 
 SMALL = {

@@ -24,6 +24,12 @@ def activation(method, bits, params):
     )
 
 
+def moving_average(method, bits):
+    params = {"range_min": -1.1, "range_max": 1.7}
+    config = qi.TrainableQuantizerActivationConfig(method, bits, params)
+    return qi.MovingAverageActivationQATQuantizer(config)
+
+
 LAST = {"per_channel": True, "channel_axis": -1, "input_rank": 3}
 BOTH = {"per_channel": True, "channel_axis": (0, 2), "input_rank": 3}
 FOUR = [0.5, 1.0, 2.0, 4.0]
@@ -57,6 +63,9 @@ ROWS = {
     "ste activation symmetric": activation(M.SYMMETRIC, 8, {"threshold": 2.9}),
     "ste activation pot": activation(M.POWER_OF_TWO, 4, {"threshold": 4.0, "is_signed": False}),
     "ste activation uniform": activation(M.UNIFORM, 8, {"range_min": -1.0, "range_max": 2.0}),
+    "moving average symmetric": moving_average(M.SYMMETRIC, 4),
+    "moving average pot": moving_average(M.POWER_OF_TWO, 8),
+    "moving average uniform": moving_average(M.UNIFORM, 3),
 }
 LOOKUP_ROWS = {
     "weights lookup": qi.WeightsLUTSymmetricInferableQuantizer(2, TABLE, 1.7, False),
