@@ -1,7 +1,8 @@
 """Find the ranges of a model's activations in data, without training."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import keras
@@ -10,9 +11,10 @@ from keras import ops
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.quantizing_layer import QuantizingLayer, observed, quantizers_in
+from keras_qwrap.quantizing_layer import observed, quantizers_in
 from keras_qwrap.range_search import END_METHODS, check_method, find_range
 from keras_qwrap.streams import batches, number_of_batches
+from keras_qwrap.substitution import sublayers
 from keras_qwrap.tensors import Tensor
 
 _DEFAULT = "mse"
@@ -26,7 +28,7 @@ _TAIL = 0.001
 _FEWEST_FOR_OUTLIERS = 16
 
 Methods = str | Mapping[str, str] | None
-Row = tuple[str, QuantizingLayer, MovingAverageActivationQATQuantizer]
+Row = tuple[str, MovingAverageActivationQATQuantizer]
 
 
 def calibrate(
@@ -52,15 +54,16 @@ def calibrate(
         model: a built model that holds wrappers or holders with such quantizers.
         data: the model's inputs; every kind that `streams.batches` takes.
         method: `"mse"` (the default), `"minmax"`, `"moving_average"`, `"percentile"` or
-            `"entropy"`; or a mapping from a wrapper's or holder's name to one of them, the
-            default for others.
+            `"entropy"`; or a mapping from a wrapper's or holder's name to one of them, for all
+            of that name, the default for others.
         batch_size: rows of each batch, for arrays.
         steps: the most batches to take; needed for data without end.
         verbose: progress bar: `"auto"`, 0 or 1.
 
     Returns:
         The new ranges by the name of the wrapper or holder, followed by `/output_1` and so on
-        for its further outputs; by its path where a name is there twice.
+        for its further outputs. Where several have one name, those of the layers around them go
+        before it, as in `encoder/dense`; what is still alike gets `_1` and so on behind it.
 
     Raises:
         TypeError, ValueError: the model is not built or holds no such quantizer, an unknown
@@ -85,10 +88,30 @@ def calibrate(
     ```
     """
     rows = _rows(model)
-    methods = _methods(model, rows, method)
-    seen = [_Seen(name, quantizer.momentum) for name, _, quantizer in rows]
+    if isinstance(method, Mapping):
+        methods = _methods_by_name(model, method)
+    else:
+        every = check_method(_DEFAULT if method is None else method)
+        methods = {id(quantizer): every for _, quantizer in rows}
+    return calibrate_each(
+        model, data, lambda quantizer: methods[id(quantizer)], batch_size, steps, verbose
+    )
+
+
+def calibrate_each(
+    model: keras.Model,
+    data: Any,
+    choose: Callable[[MovingAverageActivationQATQuantizer], str],
+    batch_size: int = 32,
+    steps: int | None = None,
+    verbose: Any = "auto",
+) -> dict[str, tuple[float, float]]:
+    """`calibrate` with the method that `choose` gives for each quantizer object."""
+    rows = _rows(model)
+    methods = [check_method(choose(quantizer), f"method of '{name}'") for name, quantizer in rows]
+    seen = [_Seen(name, quantizer.momentum) for name, quantizer in rows]
     number = _FEW_SAMPLES if set(methods) <= set(END_METHODS) else _SAMPLES
-    observer = _Observer(model, [quantizer for _, _, quantizer in rows], number)
+    observer = _Observer(model, [quantizer for _, quantizer in rows], number)
     progress = keras.utils.Progbar(
         number_of_batches(model, data, batch_size, steps),
         verbose=1 if verbose == "auto" else verbose,
@@ -97,24 +120,23 @@ def calibrate(
     for inputs in batches(model, data, batch_size, steps):
         _see(observer, inputs, int(shifts.integers(2**30)), seen)
         progress.add(1)
-    found = {}
-    for (name, _, quantizer), one, chosen in zip(rows, seen, methods, strict=True):
+    ranges: list[tuple[float, float] | None] = []
+    for (_, quantizer), one, chosen in zip(rows, seen, methods, strict=True):
         config = quantizer.quantization_config
-        if one.number:
-            found[name] = find_range(
-                *one.summary(chosen), chosen, config.activation_n_bits, config.quantization_method
-            )
-    quantizers = {name: quantizer for name, _, quantizer in rows if name in found}
-    for name, quantizer in quantizers.items():
-        quantizer.set_range(*found[name])
-        found[name] = quantizer.range or found[name]
+        bits, grid = config.activation_n_bits, config.quantization_method
+        ranges.append(find_range(*one.summary(chosen), chosen, bits, grid) if one.number else None)
+    found = {}
+    for (name, quantizer), ends in zip(rows, ranges, strict=True):
+        if ends is not None:
+            quantizer.set_range(*ends)
+            found[name] = quantizer.range or ends
     for one in seen:
         one.warn()
     return found
 
 
 def _rows(model: keras.Model) -> list[Row]:
-    """Name, owner and quantizer of every range to be found."""
+    """Name, of which none is there twice, and quantizer of every range to be found."""
     if not isinstance(model, keras.Model):
         raise bad_type("model", model, "a keras.Model", "Wrap the layer in a model first.")
     if not model.built:
@@ -131,25 +153,56 @@ def _rows(model: keras.Model) -> list[Row]:
             "a model with a MovingAverageActivationQATQuantizer in a wrapper or holder",
             "Quantize its activations first; fixed ranges need no calibration.",
         )
-    names = [name for _, name in {id(owner): (owner, owner.name) for owner, _, _ in found}.values()]
+    owners = {id(owner): owner.name for owner, _, _ in found}
+    repeated = len(set(owners.values())) < len(owners)
+    paths = _nested_paths(model) if repeated else {}
+    names = list(owners.values())
     rows = []
     for owner, role, quantizer in found:
-        name = owner.name if names.count(owner.name) == 1 else owner.path
-        rows.append((name if role == "output_0" else f"{name}/{role}", owner, quantizer))
-    return rows
+        name = owner.name if names.count(owner.name) == 1 else paths.get(id(owner), owner.path)
+        rows.append((name if role == "output_0" else f"{name}/{role}", quantizer))
+    return _told_apart(rows)
 
 
-def _methods(model: keras.Model, rows: list[Row], method: Methods) -> list[str]:
-    """The method of each row."""
-    if not isinstance(method, Mapping):
-        return [check_method(_DEFAULT if method is None else method)] * len(rows)
-    known = {owner.name for owner, _, _ in quantizers_in(model)}
+def _nested_paths(model: keras.Model) -> dict[int, str]:
+    """By `id`, the names of the layers around each layer of a model, and its own."""
+    paths: dict[int, str] = {}
+    waiting: list[tuple[keras.Layer, str]] = [(model, "")]
+    while waiting:
+        outer, prefix = waiting.pop(0)
+        inside = [layer for layer in sublayers(outer) if layer is not outer]
+        deeper = {id(deep) for layer in inside for deep in sublayers(layer) if deep is not layer}
+        for layer in inside:
+            if id(layer) not in deeper and id(layer) not in paths:
+                paths[id(layer)] = f"{prefix}{layer.name}"
+                waiting.append((layer, f"{prefix}{layer.name}/"))
+    return paths
+
+
+def _told_apart(rows: list[Row]) -> list[Row]:
+    """The rows, with `_1` and so on behind a name that is there already."""
+    given = {name for name, _ in rows}
+    used: set[str] = set()
+    unique = []
+    for name, quantizer in rows:
+        if name in used:
+            tries = (f"{name}_{i}" for i in count(1))
+            name = next(each for each in tries if each not in given | used)
+        used.add(name)
+        unique.append((name, quantizer))
+    return unique
+
+
+def _methods_by_name(model: keras.Model, method: Mapping[str, str]) -> dict[int, str]:
+    """The method of each quantizer in a model, by its `id`."""
+    owners = quantizers_in(model)
+    known = {owner.name for owner, _, _ in owners}
     unknown = [name for name in method if name not in known]
     if unknown:
         fix = "Name wrappers and holders of the model."
         raise bad_value("method", unknown, f"names among {sorted(known)}", fix)
     chosen = {name: check_method(each, f"method of '{name}'") for name, each in method.items()}
-    return [chosen.get(owner.name, _DEFAULT) for _, owner, _ in rows]
+    return {id(quantizer): chosen.get(owner.name, _DEFAULT) for owner, _, quantizer in owners}
 
 
 class _Observer(keras.Model):
@@ -340,4 +393,4 @@ class _Seen:
             text = f"is always {low:g}; its range holds only that and zero."
         else:
             return
-        warnings.warn(f"calibrate: the activation of '{self._name}' {text}", stacklevel=3)
+        warnings.warn(f"calibrate: the activation of '{self._name}' {text}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""Any kind of data as checked batches of numpy arrays."""
+"""Any kind of data as checked batches of numpy arrays, and calibrations that run on them."""
 
 import weakref
 
@@ -8,6 +8,8 @@ import pytest
 from keras import layers
 from reference import refused
 
+import keras_qwrap as qi
+from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.streams import batches, number_of_batches
 
 X = np.arange(30, dtype="float32").reshape(10, 3)
@@ -23,6 +25,12 @@ def two_inputs(names=None):
     a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
     inputs = [a, b] if names is None else dict(zip(names, (a, b), strict=True))
     return keras.Model(inputs, layers.Concatenate()([a, b]))
+
+
+def holder():
+    config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM, 8)
+    quantizer = MovingAverageActivationQATQuantizer(config)
+    return qi.KerasActivationQuantizationHolder(quantizer, name="only")
 
 
 class Subclassed(keras.Model):
@@ -292,3 +300,43 @@ def test_bad_counts(name):
         refused(ValueError, lambda: batches(one_input(), X, **{name: value}), name, "positive")  # noqa: B023
     for value in (2.5, "4", True):
         refused(TypeError, lambda: batches(one_input(), X, **{name: value}), name, "positive")  # noqa: B023
+
+
+def test_calibration_of_endless_data_and_progress(capsys):
+    model = keras.Sequential([keras.Input((3,)), holder()])
+
+    def endless():
+        while True:
+            yield X, None
+
+    qi.calibrate(model, endless(), steps=3)
+    assert "3/3" in capsys.readouterr().out
+    qi.calibrate(model, X, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.tensorflow
+def test_calibration_is_traced_once_for_each_shape():
+    calls = []
+
+    class Counting(layers.Layer):
+        def call(self, inputs):
+            calls.append(inputs.shape)
+            return inputs
+
+    model = keras.Sequential([keras.Input((3,)), holder(), Counting()])
+    calls.clear()
+    x = np.tile(X, (7, 1))
+    qi.calibrate(model, x, batch_size=8, verbose=0)
+    assert 1 <= len(calls) <= 3
+    calls.clear()
+    model.compile(run_eagerly=True)
+    qi.calibrate(model, x, batch_size=8, verbose=0)
+    assert len(calls) == 9
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+def test_calibration_of_other_dtypes(policy):
+    model = keras.Sequential([keras.Input((3,), dtype=policy.split("_")[-1]), holder()])
+    found = qi.calibrate(model, X - 7, "minmax", verbose=0)["only"]
+    np.testing.assert_allclose(found, (-7, 22), rtol=1e-2)
