@@ -48,7 +48,9 @@ def calibrate(
     method does with them; `moving_average` moves the ends from batch to batch as training does.
 
     An activation whose ends are more than 1000 times as far apart as the central 99.8 % of its
-    values has outliers: they are clipped, for the layers that follow too, with a warning.
+    values has outliers: they are clipped, for the layers that follow too, with a warning. Fewer
+    than 16 values are never searched for outliers. In later training with `fit` the ranges go on
+    moving, unless frozen by `FreezeRanges(at_epoch=0)`.
 
     Args:
         model: a built model that holds wrappers or holders with such quantizers.

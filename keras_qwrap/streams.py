@@ -5,7 +5,7 @@ No framework is imported: tensors of all of them are recognized by what they can
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, repeat
 from typing import Any
 
 import keras
@@ -39,7 +39,7 @@ def batches(
     Raises:
         TypeError, ValueError: `data` is of no such kind, or without end, or yields nothing; a
             batch has another number of inputs or shape than the model, values that are no
-            numbers, NaN or infinity.
+            numbers where the model takes numbers, NaN or infinity.
 
     Example:
 
@@ -53,9 +53,7 @@ def batches(
     print([batch.shape for batch in found])  # [(2, 3), (2, 3), (1, 3)]
     ```
     """
-    _check_count("batch_size", batch_size)
-    if steps is not None:
-        _check_count("steps", steps)
+    _check_counts(batch_size, steps)
     expected = _expected_inputs(model)
     raw = _raw_batches(data, expected, batch_size)
     if steps is None and _is_endless(data):
@@ -67,6 +65,7 @@ def number_of_batches(
     model: keras.Model, data: Any, batch_size: int = 32, steps: int | None = None
 ) -> int | None:
     """How many batches there will be, at most; None where only running through them can tell."""
+    _check_counts(batch_size, steps)
     known: Any = None
     whole = _whole_inputs(data, _expected_inputs(model))
     if whole is not None:
@@ -80,6 +79,12 @@ def number_of_batches(
     if known is None or not 0 <= known < float("inf"):
         return steps
     return int(known) if steps is None else min(int(known), steps)
+
+
+def _check_counts(batch_size: Any, steps: Any) -> None:
+    _check_count("batch_size", batch_size)
+    if steps is not None:
+        _check_count("steps", steps)
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -193,7 +198,11 @@ class _Check:
         where = f"batch {self.index}"
         if self.expected is not None:
             inputs = _matched(inputs, self.expected, where)
-        arrays = keras.tree.map_structure(lambda value: _array(value, where), inputs)
+        tensors = keras.tree.flatten(self.expected)
+        dtypes = repeat("") if self.expected is None else (tensor.dtype for tensor in tensors)
+        arrays = keras.tree.map_structure(
+            lambda value: _array(value, where, next(dtypes, "")), inputs
+        )
         flat = keras.tree.flatten(arrays)
         if len({len(array) for array in flat}) != 1:
             shapes = [array.shape for array in flat]
@@ -231,16 +240,23 @@ def _matched(inputs: Any, expected: Any, where: str) -> Any:
     return keras.tree.pack_sequence_as(expected, flat)
 
 
-def _array(value: Any, where: str) -> np.ndarray:
-    """A tensor of any framework as an array of finite numbers, floats in Keras' own float type."""
+def _array(value: Any, where: str, dtype: str) -> np.ndarray:
+    """A tensor of any framework as an array of finite numbers, floats in Keras' own float type.
+
+    Where the model's input has dtype "string", an array of strings.
+    """
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if "bfloat16" in str(value.dtype) else value
     array = np.asarray(value)
     is_float = "float" in array.dtype.name
-    if not is_float and array.dtype.kind not in "biu":
-        fix = "Convert the values to float32 or integers."
-        raise bad_type(where, f"values of dtype {array.dtype.name}", "numbers", fix)
+    expected, fix = "numbers", "Convert the values to float32 or integers."
+    fits = is_float or array.dtype.kind in "biu"
+    if dtype == "string":
+        expected, fix = "strings", "The model's input is of dtype string."
+        fits = array.dtype.kind in "OSUT"
+    if not fits:
+        raise bad_type(where, f"values of dtype {array.dtype.name}", expected, fix)
     if array.ndim == 0 or array.size == 0:
         raise bad_value(
             where, f"an array of shape {array.shape}", "a batch of examples", "Drop it."

@@ -297,9 +297,13 @@ def test_rows_of_one_batch_differ():
 @pytest.mark.parametrize("name", ["batch_size", "steps"])
 def test_bad_counts(name):
     for value in (0, -1):
-        refused(ValueError, lambda: batches(one_input(), X, **{name: value}), name, "positive")  # noqa: B023
+        for f in (batches, number_of_batches):
+            refused(ValueError, lambda: f(one_input(), X, **{name: value}), name, "positive")  # noqa: B023
     for value in (2.5, "4", True):
-        refused(TypeError, lambda: batches(one_input(), X, **{name: value}), name, "positive")  # noqa: B023
+        for f in (batches, number_of_batches):
+            refused(TypeError, lambda: f(one_input(), X, **{name: value}), name, "positive")  # noqa: B023
+    model = keras.Sequential([keras.Input((3,)), holder()])
+    refused(ValueError, lambda: qi.calibrate(model, X, "minmax", **{name: 0}), name, "positive")
 
 
 def test_calibration_of_endless_data_and_progress(capsys):
@@ -340,3 +344,20 @@ def test_calibration_of_other_dtypes(policy):
     model = keras.Sequential([keras.Input((3,), dtype=policy.split("_")[-1]), holder()])
     found = qi.calibrate(model, X - 7, "minmax", verbose=0)["only"]
     np.testing.assert_allclose(found, (-7, 22), rtol=1e-2)
+
+
+@pytest.mark.tensorflow
+def test_strings_where_the_model_takes_them():
+    """Numbers stay checked in the other input."""
+    words, numbers = keras.Input((1,), dtype="string", name="w"), keras.Input((3,), name="n")
+    codes = layers.StringLookup(vocabulary=["a", "b"])(words)
+    embedded = layers.Flatten()(layers.Embedding(3, 3, name="embedding")(codes))
+    model = keras.Model([words, numbers], holder()(layers.Add()([embedded, numbers])))
+    model.get_layer("embedding").set_weights([np.float32([[0] * 3, [100] * 3, [-9] * 3])])
+    text = np.array([["a"], ["b"]] * 5)
+    for given in (text, text.astype(object), text.astype("S")):
+        found = qi.calibrate(model, [given, X], "minmax", verbose=0)
+        assert found == {"only": (-6, 126)}
+        check(batches(model, {"n": X, "w": given}), [[given, X]])
+    refused(TypeError, lambda: list(batches(model, [text, X.astype(str)])), "str", "numbers")
+    refused(TypeError, lambda: list(batches(model, [X[:, :1], X])), "float32", "strings")
