@@ -161,7 +161,8 @@ def _rows(model: keras.Model) -> list[Row]:
     names = list(owners.values())
     rows = []
     for owner, role, quantizer in found:
-        name = owner.name if names.count(owner.name) == 1 else paths.get(id(owner), owner.path)
+        once = names.count(owner.name) == 1
+        name = owner.name if once else paths.get(id(owner), str(owner.path))
         rows.append((name if role == "output_0" else f"{name}/{role}", quantizer))
     return _told_apart(rows)
 
