@@ -126,7 +126,9 @@ class _StandIn:
 
 def _from_config(operation: Any) -> Any:
     try:
-        return type(operation).from_config(operation.get_config())
+        new = type(operation).from_config(operation.get_config())
+        new.name = operation.name
+        return new
     except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
         raise ValueError(
             f"model: received '{operation.name}', a {type(operation).__name__} that cannot be made "

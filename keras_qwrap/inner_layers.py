@@ -43,7 +43,7 @@ def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
 
     ```python
     import keras
-    from keras_qwrap.subclassed import quantizable_layers
+    from keras_qwrap.inner_layers import quantizable_layers
 
     class Net(keras.Model):
         def __init__(self, **kwargs):
@@ -142,8 +142,9 @@ class Taps:
         return tree.pack_sequence_as(outputs, flat)
 
     def outputs(self, model: keras.Model, example: Example) -> dict[str, list[keras.KerasTensor]]:
-        """Symbolic outputs of the layers that a call of the model runs, by path."""
+        """Symbolic outputs of the layers that a call of the model runs, by path, in order."""
         before = self.handle
+        order: list[str] = []
 
         def record(*args: Any, **kwargs: Any) -> dict[str, list]:
             seen: dict[str, list] = {}
@@ -154,11 +155,13 @@ class Taps:
 
             self.handle = note
             model.call(*args, **kwargs)
+            order[:] = seen
             return seen
 
         try:
             args, kwargs = example
-            return dict(sorted(output_specs(record, args, dict(kwargs)).items()))
+            found = output_specs(record, args, dict(kwargs))
+            return {path: found[path] for path in order}
         finally:
             self.handle = before
 
@@ -166,7 +169,7 @@ class Taps:
 def layer_outputs(
     model: keras.Model, example: Example | None = None
 ) -> dict[str, list[keras.KerasTensor]]:
-    """Symbolic outputs of each of the `quantizable_layers` in a call of the model, by path.
+    """Symbolic outputs of each of the `quantizable_layers` by path, in the order of a call.
 
     Layers that the call does not run are left out; of a layer that it runs several times, the
     first outputs are given. The model is left as it is.

@@ -7,7 +7,8 @@ import numpy as np
 
 from keras_qwrap.copying import Copier, check_graph
 from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.quantizing_layer import QuantizingLayer, refuse_inner_wrappers
+from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
+from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in, refuse_inner_wrappers
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
@@ -42,10 +43,28 @@ def convert_to_inferable(model: keras.Model) -> keras.Model:
     print(converted.layers[0].converted, model.layers[0].converted)  # True False
     ```
     """
+    _check_calibrated(model)
     if isinstance(model, QuantizedModel):
         return model.convert_to_inferable_quantizers()
     check_graph(model)
     return _Converter().copy_model(model)
+
+
+def _check_calibrated(model: Any) -> None:
+    found = quantizers_in(model) if isinstance(model, keras.Layer) else []
+    names = [
+        owner.name
+        for owner, _, quantizer in found
+        if isinstance(quantizer, MovingAverageActivationQATQuantizer)
+        and quantizer.enabled
+        and quantizer.quantizer_parameters
+        and quantizer.range is None
+    ]
+    if names:
+        raise ValueError(
+            f"convert_to_inferable: received model '{model.name}' with activations that have no "
+            f"range, of {sorted(names)}, expected a calibrated or trained model. Call `calibrate`."
+        )
 
 
 class _Converter(Copier):

@@ -1,5 +1,6 @@
 """`quantize_model`: a whole float model, made quantization-aware by a recipe."""
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.calibration import calibrate
+from keras_qwrap.calibration import calibrate_each
 from keras_qwrap.copying import Copier, is_graph
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.folding import fold_batch_norm
@@ -28,7 +29,7 @@ from keras_qwrap.specs import (
     weights_quantizer,
 )
 from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.substitution import sublayers
+from keras_qwrap.substitution import graph_nodes, input_layer, sublayers
 from keras_qwrap.tensors import to_numpy
 from keras_qwrap.weight_paths import check_supported, default_weights, find_weight
 from keras_qwrap.wrapper import KerasQuantizationWrapper
@@ -83,6 +84,16 @@ def quantize_model(
     """
     recipe = as_recipe(recipe)
     _check_model(model)
+    if example is not None and is_graph(model):
+        raise bad_value("example", example, "None", "Only a subclassed model needs an example.")
+    if calibration_data is not None and not _finds_ranges(recipe):
+        raise bad_value(
+            "recipe", recipe, "quantized activations", "Drop calibration_data: it has no use here."
+        )
+    if recipe.fold_batch_norm and not is_graph(model):
+        raise bad_value(
+            "recipe", recipe, "fold_batch_norm=False for a subclassed model", "It has no graph."
+        )
     if recipe.fold_batch_norm:
         model = fold_batch_norm(model)
     if is_graph(model):
@@ -92,8 +103,15 @@ def quantize_model(
     else:
         new, methods = _quantize_subclassed(model, recipe, example)
     if calibration_data is not None:
-        calibrate(new, calibration_data, methods, batch_size, steps, verbose)
+        calibrate_each(
+            new, calibration_data, lambda made: methods[id(made)], batch_size, steps, verbose
+        )
     return new
+
+
+def _finds_ranges(recipe: Recipe) -> bool:
+    specs = [recipe.activations, *(rule.activations for rule in recipe.rules)]
+    return any(isinstance(spec, ActivationSpec) for spec in specs)
 
 
 def _check_model(model: Any) -> None:
@@ -111,17 +129,16 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _graphs(model: keras.Model) -> Iterator[keras.Model]:
-    """A model and the models in its graph, each once."""
-    found = {id(model): model}
-    waiting = [model]
-    while waiting:
-        graph = waiting.pop()
-        yield graph
-        for layer in graph.layers:
-            if is_graph(layer) and id(layer) not in found:
-                found[id(layer)] = layer
-                waiting.append(layer)
+def _in_order(model: keras.Model, graphs: dict[int, keras.Model]) -> Iterator[keras.Layer]:
+    """The layers of a graph in order of execution; a nested model's, where it stands."""
+    graphs[id(model)] = model
+    yield from (input_layer(tensor) for tensor in model.inputs)
+    for node in graph_nodes(model):
+        if not is_graph(node.operation):
+            if isinstance(node.operation, keras.Layer):
+                yield node.operation
+        elif id(node.operation) not in graphs:
+            yield from _in_order(node.operation, graphs)
 
 
 def _weight_quantizer(
@@ -161,14 +178,14 @@ class _GraphQuantizer(Copier):
 
     def __init__(self, model: keras.Model, recipe: Recipe) -> None:
         super().__init__()
-        self.methods: dict[str, str] = {}
+        self.methods: dict[int, str] = {}
         self._model = model
         self._between = None if recipe.activations == FLOAT else recipe.activations
         self._outputs: dict[int, list[OutputRange]] = {}
-        layers: dict[int, keras.Layer] = {}
-        for graph in _graphs(model):
+        graphs: dict[int, keras.Model] = {}
+        layers = {id(layer): layer for layer in _in_order(model, graphs)}
+        for graph in graphs.values():
             self._outputs |= output_ranges(graph)
-            layers |= {id(layer): layer for layer in graph.layers if not is_graph(layer)}
         decisions = recipe.plan(list(layers.values()))
         self._decisions: dict[int, Decision] = dict(zip(layers, decisions, strict=True))
         self._held: dict[int, keras.KerasTensor] = {}
@@ -188,7 +205,7 @@ class _GraphQuantizer(Copier):
         activations = []
         if decision.activations:
             activations = [_output_quantizer(decision.activations, output) for output in outputs]
-            self.methods[layer.name] = decision.activations.range
+            self.methods |= {id(made): decision.activations.range for made in activations}
         return KerasQuantizationWrapper(copy, weights, activations)
 
     def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
@@ -225,26 +242,29 @@ class _GraphQuantizer(Copier):
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
         if "float" not in keras.backend.standardize_dtype(tensor.dtype):
             return None
-        for layer in self._model.layers:
-            if isinstance(layer, keras.layers.InputLayer) and layer.output is tensor:
-                return self._decisions[id(layer)].activations
-        return self._between
+        return self._decisions[id(input_layer(tensor))].activations
 
     def _holder(
         self, name: str, spec: ActivationSpec, output: OutputRange = OutputRange.DATA
     ) -> keras.Layer:
-        holder = KerasActivationQuantizationHolder(
-            _output_quantizer(spec, output), name=f"{name}_quantizer"
-        )
-        self.methods[holder.name] = spec.range
-        return holder
+        quantizer = _output_quantizer(spec, output)
+        self.methods[id(quantizer)] = spec.range
+        return KerasActivationQuantizationHolder(quantizer, name=self._free(f"{name}_quantizer"))
+
+    def _free(self, name: str) -> str:
+        """`name`, or what comes next where a layer has it already."""
+        taken = {layer.name for layer in self._model.layers}
+        number = next(n for n in itertools.count() if (f"{name}_{n}" if n else name) not in taken)
+        return f"{name}_{number}" if number else name
 
 
 def _quantize_subclassed(
     model: keras.Model, recipe: Recipe, example: Example | None
-) -> tuple[keras.Model, dict[str, str]]:
-    """The quantized copy of a model without graph, and how its ranges are found."""
-    layers = quantizable_layers(model)
+) -> tuple[keras.Model, dict[int, str]]:
+    """The quantized copy of a model without graph, and how each quantizer's range is found."""
+    outputs_of = layer_outputs(model, example)
+    found = quantizable_layers(model)
+    layers = {path: found[path] for path in [*outputs_of, *found]}
     plan = recipe.plan(list(layers.values()))
     decisions = {
         path: decision if _is_supported(layer) else Decision(None, None)
@@ -257,16 +277,15 @@ def _quantize_subclassed(
         if spec:
             weights[path] = _weight_quantizer(model, path, axes, spec)
     activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
-    ranges: list[str] = []
-    for path, outputs in layer_outputs(model, example).items():
+    methods: dict[int, str] = {}
+    for path, outputs in outputs_of.items():
         wanted, layer = decisions[path].activations, layers[path]
         floats = all("float" in keras.backend.standardize_dtype(t.dtype) for t in outputs)
         if wanted and floats and not carries_grid(layer):
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
-            ranges += [wanted.range] * len(outputs)
+            methods |= {id(made): wanted.range for made in activations[path]}
     new = QuantizedModel(model, weights, activations, example=example)
     if model.compiled:
         new.compile_from_config(model.get_compile_config())
-    names = [holder.name for holder in new.holders]
-    return new, dict(zip(names, ranges, strict=True))
+    return new, methods

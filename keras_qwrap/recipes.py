@@ -60,7 +60,7 @@ def _preset_specs(preset: Any) -> tuple[WeightsSpec, ActivationSpec | Literal["f
         methods = " or ".join(filter(None, _METHODS))
         common = [f"{bits}{tail}" for bits in ("w8a8", "w8", "w4a8", "w4", "w2") for tail in _TAILS]
         expected = f"w<bits>[a<bits>][-<method>] with method {methods}"
-        raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset, common)}.")
+        raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset.lower(), common)}.")
     weights, activations = _METHODS[found["method"] or ""]
     try:
         weights = replace(weights, num_bits=int(found["weights"]))

@@ -18,8 +18,6 @@ from keras_qwrap.inner_layers import (
     Taps,
     copy_built,
     find_layers,
-    layer_outputs,
-    quantizable_layers,
 )
 from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.quantizing_layer import (
@@ -34,8 +32,6 @@ from keras_qwrap.quantizing_layer import (
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.weight_paths import find_weight
 from keras_qwrap.wrapper import KerasQuantizationWrapper
-
-__all__ = ["QuantizedModel", "layer_outputs", "quantizable_layers"]
 
 _TRAINING_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 

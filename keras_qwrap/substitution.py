@@ -130,7 +130,12 @@ def graph_nodes(model: keras.Model) -> list[GraphNode]:
     ]
 
 
+def input_layer(tensor: keras.KerasTensor) -> keras.Layer:
+    """The layer behind one of a model's inputs."""
+    return tensor._keras_history.operation
+
+
 def new_input(tensor: keras.KerasTensor) -> keras.KerasTensor:
     """The symbolic input of a new model that is like `tensor`, one of another model's inputs."""
-    layer = tensor._keras_history.operation
+    layer = input_layer(tensor)
     return type(layer).from_config(layer.get_config()).output

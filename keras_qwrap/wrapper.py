@@ -24,7 +24,7 @@ from keras_qwrap.quantizing_layer import (
     refuse_inner_wrappers,
     serialize_quantizer,
 )
-from keras_qwrap.substitution import build_layer, call_with
+from keras_qwrap.substitution import build_layer, call_with, sublayers
 from keras_qwrap.tensors import read, to_numpy
 from keras_qwrap.weight_paths import (
     check_supported,
@@ -183,7 +183,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         for i, shape in enumerate(shapes):
             self._initialize(self.activation_quantizers[i], tuple(shape), f"output_{i}")
         if self.converted and not self.trainable:
-            self.layer.trainable = False
+            for inner in sublayers(self.layer):
+                inner.trainable = False
 
     def _find_output_shapes(self, args: tuple, kwargs: dict) -> list[tuple]:
         shapes = self._construction.output_shapes

@@ -18,7 +18,8 @@ from subclassed_models import (
     weight,
 )
 
-from keras_qwrap.subclassed import QuantizedModel, layer_outputs, quantizable_layers
+from keras_qwrap.inner_layers import layer_outputs, quantizable_layers
+from keras_qwrap.subclassed import QuantizedModel
 
 
 def test_units_are_leaves_and_composites_of_keras_by_their_paths():
