@@ -239,9 +239,10 @@ def test_disabled_quantizer_leaves_the_weight_in_float():
 
 
 def test_models_of_holders_alone():
-    """A Sequential model without layers would not be built; a Functional one passes its input."""
+    """A Sequential model without layers would not be built; in a Functional one it is passed."""
     inputs, x = keras.Input((3,)), floats(2, 3)
-    functional = keras.Model(inputs, Holder(activation(1.0, 2), name="held")(inputs=inputs))
+    held = Holder(activation(1.0, 2), name="held")(inputs=inputs)
+    functional = keras.Model(inputs, layers.Identity()(held))
     sequential = keras.Sequential([keras.Input((3,)), Holder(activation(1.0, 2))])
     nested = keras.Sequential([keras.Input((3,)), sequential, layers.Dense(2)])
     for model in (functional, sequential):
