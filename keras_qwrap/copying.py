@@ -78,7 +78,7 @@ class Copier:
 
     def plain_copy(self, layer: keras.Layer) -> keras.Layer:
         """A copy made from the layer's config, to which its weights are copied at the end."""
-        new = _from_config(layer)
+        new = made_again(layer)
         self._plain.append((layer, new))
         return new
 
@@ -95,7 +95,7 @@ class Copier:
             return self._new_functional(operation)
         if isinstance(operation, keras.Layer):
             return self.new_layer(operation)
-        return _from_config(operation)
+        return made_again(operation)
 
     def _new_functional(self, model: keras.Model) -> keras.Model:
         return keras.models.clone_model(
@@ -124,7 +124,8 @@ class _StandIn:
         self.old, self.new = old, new
 
 
-def _from_config(operation: Any) -> Any:
+def made_again(operation: Any) -> Any:
+    """A new layer, model or operation of the same class, config and name."""
     try:
         new = type(operation).from_config(operation.get_config())
         new.name = operation.name

@@ -10,6 +10,7 @@ import keras
 from keras import tree
 
 from keras_qwrap.construction import Construction, sign
+from keras_qwrap.copying import made_again
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import output_specs, sublayers
 from keras_qwrap.weight_paths import children, copy_variables, follow, own_weights
@@ -188,15 +189,7 @@ def layer_outputs(
 
 
 def _copy(model: keras.Model) -> keras.Model:
-    try:
-        copy = type(model).from_config(model.get_config())
-    except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"model: received '{model.name}', a {type(model).__name__} that cannot be made again "
-            f"from its config ({error}), expected a model whose `get_config` returns every "
-            "argument of the constructor. Define or mend `get_config` and `from_config`."
-        ) from error
-    copy.name = model.name
+    copy = made_again(model)
     for old, new in zip(sublayers(model), sublayers(copy), strict=False):
         if old.dtype_policy.name != new.dtype_policy.name:
             raise bad_value(
