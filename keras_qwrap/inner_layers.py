@@ -13,7 +13,7 @@ from keras_qwrap.construction import Construction, sign
 from keras_qwrap.copying import made_again
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import output_specs, sublayers
-from keras_qwrap.weight_paths import children, copy_variables, follow, own_weights
+from keras_qwrap.weight_paths import copy_variables, follow, own_weights, walk
 
 Example = tuple[Sequence, Mapping[str, Any]]
 
@@ -56,22 +56,9 @@ def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
     ```
     """
     found: dict[int, tuple[str, keras.Layer]] = {}
-    visited: set[int] = set()
-    level: list[tuple[str, Any]] = [("", model)]
-    while level:
-        following: list[tuple[str, Any]] = []
-        for prefix, parent in level:
-            if id(parent) in visited:
-                continue
-            visited.add(id(parent))
-            for name, child in children(parent):
-                path = f"{prefix}{name}"
-                is_layer = isinstance(child, keras.Layer)
-                if is_layer and child is not model and _is_unit(child):
-                    found.setdefault(id(child), (path, child))
-                if isinstance(child, (list, tuple, dict)) or (is_layer and _is_open(child)):
-                    following.append((f"{path}/", child))
-        level = following
+    for path, part in walk(model, _is_open):
+        if isinstance(part, keras.Layer) and part is not model and _is_unit(part):
+            found.setdefault(id(part), (path, part))
     return dict(sorted(found.values(), key=lambda item: item[0]))
 
 

@@ -1,6 +1,8 @@
 """Weights by name: attribute paths on a layer, and those that are quantized by default."""
 
 import difflib
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -27,23 +29,30 @@ def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
     """
     wanted = {id(variable) for variable in layer.weights}
     paths: dict[int, tuple[str, keras.Variable]] = {}
-    visited: set[int] = set()
-    level: list[tuple[str, Any]] = [("", layer)]
-    while level:
-        following: list[tuple[str, Any]] = []
-        for prefix, parent in level:
-            if id(parent) in visited:
-                continue
-            visited.add(id(parent))
-            for name, child in children(parent):
-                path = f"{prefix}{name}"
-                if isinstance(child, keras.Variable):
-                    if id(child) in wanted:
-                        paths.setdefault(id(child), (path, child))
-                elif isinstance(child, (keras.Layer, list, tuple, dict)):
-                    following.append((f"{path}/", child))
-        level = following
+    for path, found in walk(layer, lambda part: True):
+        if id(found) in wanted:
+            paths.setdefault(id(found), (path, found))
     return dict(sorted(paths.values(), key=lambda item: item[0]))
+
+
+def walk(layer: keras.Layer, is_open: Callable[[keras.Layer], bool]) -> Iterator[tuple[str, Any]]:
+    """All that attribute paths lead to, shortest paths first; nothing is gone through twice.
+
+    Of the layers inside, those that `is_open` says are gone through as well.
+    """
+    visited: set[int] = set()
+    waiting: deque[tuple[str, Any]] = deque([("", layer)])
+    while waiting:
+        prefix, parent = waiting.popleft()
+        if id(parent) in visited:
+            continue
+        visited.add(id(parent))
+        for name, child in _children(parent):
+            path = f"{prefix}{name}"
+            yield path, child
+            holds = isinstance(child, (list, tuple, dict))
+            if holds or (isinstance(child, keras.Layer) and is_open(child)):
+                waiting.append((f"{path}/", child))
 
 
 _BOOKKEEPING = {
@@ -61,7 +70,7 @@ _BOOKKEEPING = {
 """Lists that Keras keeps on every layer: paths through them would not be the user's names."""
 
 
-def children(parent: Any) -> list[tuple[str, Any]]:
+def _children(parent: Any) -> list[tuple[str, Any]]:
     """Named parts of a layer, list or dictionary: attributes, indices, or keys."""
     if isinstance(parent, dict):
         return [(str(key), child) for key, child in parent.items() if isinstance(key, str)]
