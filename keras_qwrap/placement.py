@@ -85,23 +85,37 @@ def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
     ```
     """
     nodes = graph_nodes(model)
+    fused = fusions(nodes, model.outputs)
+    found: dict[int, list[OutputRange]] = {}
+    for node in nodes:
+        operation = node.operation
+        skipped = is_graph(operation) or carries_grid(operation) or not _is_float(node)
+        if not skipped and id(operation) not in fused:
+            found[id(operation)] = [output_range(operation)] * len(node.outputs)
+    return found
+
+
+def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, list[Any]]:
+    """The operations that run in one integer kernel with what reads them, by `id`: the readers.
+
+    `nodes` are those of a graph, and `ends` its outputs. An operation with several nodes is there
+    if it fuses in all of them.
+    """
     readers: dict[int, list[GraphNode]] = {}
     for node in nodes:
         for tensor in node.inputs:
             readers.setdefault(id(tensor), []).append(node)
-    ends = {id(tensor) for tensor in model.outputs}
-    found: dict[int, list[OutputRange]] = {}
+    leaving = {id(tensor) for tensor in ends}
+    into: dict[int, list[Any]] = {}
+    apart = set()
     for node in nodes:
-        operation = node.operation
-        if is_graph(operation) or carries_grid(operation) or not _is_float(node):
-            continue
-        fused = [
-            id(tensor) not in ends and _fuses(operation, readers.get(id(tensor), []))
-            for tensor in node.outputs
-        ]
-        if not all(fused):
-            found[id(operation)] = [output_range(operation)] * len(node.outputs)
-    return found
+        for tensor in node.outputs:
+            behind = readers.get(id(tensor), [])
+            if id(tensor) in leaving or not _fuses(node.operation, behind):
+                apart.add(id(node.operation))
+            else:
+                into.setdefault(id(node.operation), []).append(behind[0].operation)
+    return {key: behind for key, behind in into.items() if key not in apart}
 
 
 def kind(operation: Any) -> str:
