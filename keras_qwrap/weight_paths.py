@@ -73,7 +73,7 @@ _BOOKKEEPING = {
 def _children(parent: Any) -> list[tuple[str, Any]]:
     """Named parts of a layer, list or dictionary: attributes, indices, or keys."""
     if isinstance(parent, dict):
-        return [(str(key), child) for key, child in parent.items() if isinstance(key, str)]
+        return list(_entries(parent).items())
     if isinstance(parent, (list, tuple)):
         return [(str(index), child) for index, child in enumerate(parent)]
     attributes = dict(vars(parent)) | dict(getattr(parent, "_modules", {}))
@@ -86,6 +86,11 @@ def _children(parent: Any) -> list[tuple[str, Any]]:
     ]
 
 
+def _entries(parent: dict) -> dict[str, Any]:
+    """What a dictionary holds, by its keys as they are written: `{1: dense}` has `"1"`."""
+    return {str(key): child for key, child in parent.items() if isinstance(key, (str, int))}
+
+
 def _public_name(parent: Any, name: str, child: Any) -> str:
     public = name.lstrip("_")
     return public if getattr(type(parent), public, None) and _get(parent, public) is child else name
@@ -94,7 +99,7 @@ def _public_name(parent: Any, name: str, child: Any) -> str:
 def _get(parent: Any, part: str) -> Any:
     """Attribute, key or index `part` of `parent`; None where there is none."""
     if isinstance(parent, dict):
-        return parent.get(part)
+        return _entries(parent).get(part)
     if isinstance(parent, (list, tuple)):
         return parent[int(part)] if part.isdecimal() and int(part) < len(parent) else None
     return getattr(parent, part, getattr(parent, f"_{part}", None))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 from layer_cases import Composite, Listed, Scale, floats
+from reference import refused
 
 from keras_qwrap.weight_paths import default_weights, find_weight, weight_paths
 
@@ -208,6 +209,26 @@ CASES = [
 ]
 PROBED = [case for case in CASES if case.channels]
 ids = {"ids": lambda case: case.name}
+
+
+class Keyed(layers.Layer):
+    """Keras tracks and saves what dictionaries hold, whatever the keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = {1: layers.Dense(2), "b": {0: layers.Dense(2)}}
+
+    def call(self, x):
+        return self.parts["b"][0](self.parts[1](x))
+
+
+def test_integer_keys_of_dictionaries_are_parts_of_paths():
+    layer = Keyed()
+    layer(floats(2, 3))
+    assert list(default_weights(layer)) == ["parts/1/kernel", "parts/b/0/kernel"]
+    assert len(weight_paths(layer)) == len(layer.weights) == 4
+    assert find_weight(layer, "parts/b/0/kernel") is layer.parts["b"][0].kernel
+    refused(ValueError, lambda: find_weight(layer, "parts/2/kernel"), "parts/1/kernel")
 
 
 def built(case: Case) -> keras.Layer:
