@@ -17,19 +17,33 @@ from keras_qwrap.weight_paths import copy_variables, follow, own_weights, walk
 
 Example = tuple[Sequence, Mapping[str, Any]]
 
-_NO_DATA = (
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.Identity,
-    keras.layers.InputLayer,
-    keras.layers.SpatialDropout1D,
-    keras.layers.SpatialDropout2D,
-    keras.layers.SpatialDropout3D,
+IDENTITIES = frozenset(
+    {"ActivityRegularization", "AlphaDropout", "Dropout", "GaussianDropout", "GaussianNoise"}
+    | {"Identity", "InputLayer", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"}
+    | {"AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness", "RandomColorDegeneration"}
+    | {"RandomColorJitter", "RandomContrast", "RandomCrop", "RandomElasticTransform"}
+    | {"RandomErasing", "RandomFlip", "RandomGaussianBlur", "RandomGrayscale", "RandomHue"}
+    | {"RandomInvert", "RandomPerspective", "RandomPosterization", "RandomRotation"}
+    | {"RandomSaturation", "RandomSharpness", "RandomShear", "RandomTranslation", "RandomZoom"}
 )
-"""Layers that leave their input as it is in inference."""
+"""Keras classes that leave their input as it is in inference.
+
+In training their outputs are off the grid of the input, and the layer behind takes them so.
+"""
+
+
+def kind(operation: Any) -> str:
+    """The name of the Keras class that an operation is, or is derived from."""
+    for cls in type(operation).__mro__:
+        if cls.__module__.split(".")[0] == "keras":
+            return cls.__name__
+    return ""
+
+
+def is_identity(operation: Any) -> bool:
+    """Whether an operation leaves its input as it is in inference."""
+    linear = getattr(operation, "activation", None) is keras.activations.linear
+    return kind(operation) in IDENTITIES or (kind(operation) == "Activation" and linear)
 
 
 def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
@@ -75,7 +89,7 @@ def _is_open(layer: keras.Layer) -> bool:
 
 
 def _is_unit(layer: keras.Layer) -> bool:
-    if isinstance(layer, _NO_DATA):
+    if is_identity(layer):
         return False
     return not _is_open(layer) or bool(own_weights(layer))
 

@@ -4,9 +4,10 @@ The rules, for each operation of a Functional or Sequential graph:
 
 - A linear layer's output that only a batch normalization reads, and a linear layer's, batch
   normalization's or sum's output that only an activation function reads, is not quantized: the
-  pair runs as one integer kernel.
+  pair runs as one integer kernel, also with layers between the two that leave their input as it
+  is in inference (dropout, ...).
 - Operations that move values or choose among them (pooling, reshape, padding, cropping, ...) carry
-  the grid of their input.
+  the grid of their input; those that average or interpolate carry its scale, as integer kernels do.
 - Softmax and sigmoid lie in `[0, 1)`, tanh in `[-1, 1)`: their grids are known.
 - Everything else is quantized onto a grid that is found from data. Integer tensors are not.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.copying import is_graph
+from keras_qwrap.inner_layers import is_identity, kind
 from keras_qwrap.substitution import GraphNode, graph_nodes
 
 LINEAR = frozenset(
@@ -33,18 +35,14 @@ ACTIVATIONS = frozenset(
     | {"Softplus", "Softsign", "SparsePlus", "Tanh", "TanhShrink", "Threshold"}
 )
 _OF_EACH_RANK = {"AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling", "Cropping"} | {
-    *("GlobalAveragePooling", "GlobalMaxPooling", "MaxPooling", "SpatialDropout"),
-    *("UpSampling", "ZeroPadding"),
+    *("GlobalAveragePooling", "GlobalMaxPooling", "MaxPooling", "UpSampling", "ZeroPadding"),
 }
 CARRIERS = frozenset(
     {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in _OF_EACH_RANK}
-    | {"ActivityRegularization", "AlphaDropout", "CenterCrop", "Dropout", "Flatten"}
-    | {"GaussianDropout", "GaussianNoise", "Identity", "Masking", "Permute", "RepeatVector"}
-    | {"RandomContrast", "RandomCrop", "RandomFlip", "RandomRotation", "RandomTranslation"}
-    | {"RandomZoom", "AveragePool", "BroadcastTo", "Copy", "Diagonal", "ExpandDims", "Flip"}
-    | {"GetItem", "Max", "MaxPool", "Moveaxis", "Pad", "Ravel", "Repeat", "Reshape", "Roll"}
-    | {"Slice", "Split", "Squeeze", "StopGradient", "Swapaxes", "Take", "Tile", "Transpose"}
-    | {"Unstack"}
+    | {"CenterCrop", "Flatten", "Masking", "Permute", "RepeatVector"}
+    | {"AveragePool", "BroadcastTo", "Copy", "Diagonal", "ExpandDims", "Flip", "GetItem", "Max"}
+    | {"MaxPool", "Moveaxis", "Pad", "Ravel", "Repeat", "Reshape", "Roll", "Slice", "Split"}
+    | {"Squeeze", "StopGradient", "Swapaxes", "Take", "Tile", "Transpose", "Unstack"}
 )
 _UNIT = frozenset({"softmax", "sigmoid", "hardsigmoid"})
 _SIGNED_UNIT = frozenset({"tanh", "hardtanh"})
@@ -106,45 +104,43 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
         for tensor in node.inputs:
             readers.setdefault(id(tensor), []).append(node)
     leaving = {id(tensor) for tensor in ends}
+
+    def only_reader(tensor: keras.KerasTensor) -> Any:
+        """The one operation that reads a tensor, behind those that leave it as it is, or None."""
+        reading = readers.get(id(tensor), [])
+        if id(tensor) in leaving or len(reading) != 1:
+            return None
+        operation = reading[0].operation
+        return only_reader(reading[0].outputs[0]) if is_identity(operation) else operation
+
     into: dict[int, list[Any]] = {}
     apart = set()
     for node in nodes:
         for tensor in node.outputs:
-            behind = readers.get(id(tensor), [])
-            if id(tensor) in leaving or not _fuses(node.operation, behind):
-                apart.add(id(node.operation))
+            reader = only_reader(tensor)
+            if _fuses(node.operation, reader):
+                into.setdefault(id(node.operation), []).append(reader)
             else:
-                into.setdefault(id(node.operation), []).append(behind[0].operation)
+                apart.add(id(node.operation))
     return {key: behind for key, behind in into.items() if key not in apart}
-
-
-def kind(operation: Any) -> str:
-    """The name of the Keras class that an operation is, or is derived from."""
-    for cls in type(operation).__mro__:
-        if cls.__module__.split(".")[0] == "keras":
-            return cls.__name__
-    return ""
 
 
 def carries_grid(operation: Any) -> bool:
     """Whether the outputs lie on the grid of the input, as those of pooling or reshaping do."""
-    return kind(operation) in CARRIERS
+    return kind(operation) in CARRIERS or is_identity(operation)
 
 
 def _is_float(node: GraphNode) -> bool:
     return all("float" in keras.backend.standardize_dtype(t.dtype) for t in node.outputs)
 
 
-def _fuses(operation: Any, nodes: list[GraphNode]) -> bool:
-    """Whether the one reader of an output runs in the same integer kernel."""
-    if len(nodes) != 1:
-        return False
+def _fuses(operation: Any, reader: Any) -> bool:
+    """Whether the one reader of an output, if there is one, runs in the same integer kernel."""
     linear = kind(operation) in LINEAR and _activation_name(operation) in ("", "linear")
-    reader = kind(nodes[0].operation)
-    if reader == "BatchNormalization":
+    if kind(reader) == "BatchNormalization":
         return linear
-    sums = kind(operation) in SUMS
-    return reader in ACTIVATIONS and (linear or sums or kind(operation) == "BatchNormalization")
+    absorbing = linear or kind(operation) in SUMS | {"BatchNormalization"}
+    return absorbing and kind(reader) in ACTIVATIONS
 
 
 def _activation_name(operation: Any) -> str:

@@ -1,10 +1,14 @@
 """Where activations are quantized: what fuses, what carries a grid, and which ranges are known."""
 
+import re
+
 import keras
 import pytest
 from keras import layers, ops
+from reference import same
 
-from keras_qwrap.placement import ACTIVATIONS, CARRIERS, LINEAR, output_ranges
+from keras_qwrap.inner_layers import IDENTITIES, is_identity
+from keras_qwrap.placement import ACTIVATIONS, CARRIERS, LINEAR, carries_grid, output_ranges
 
 
 def placed(model):
@@ -34,6 +38,14 @@ def relu(name="relu"):
     return layers.ReLU(name=name)
 
 
+def drop(name="drop"):
+    return layers.Dropout(0.1, name=name)
+
+
+def linear(name="linear"):
+    return layers.Activation("linear", name=name)
+
+
 DATA, UNIT, SIGNED = ["data"], ["unit"], ["signed unit"]
 
 
@@ -50,6 +62,11 @@ DATA, UNIT, SIGNED = ["data"], ["unit"], ["signed unit"]
         ((relu(), norm("after")), {"relu": DATA, "after": DATA}),
         ((conv(), layers.MaxPooling2D(name="pool"), relu()), {"conv": DATA, "relu": DATA}),
         ((conv(), layers.Flatten(name="flat"), layers.Dropout(0.1, name="drop")), {"conv": DATA}),
+        ((conv(), drop(), norm(), drop("drop_2"), relu()), {"relu": DATA}),
+        ((conv(), drop()), {"conv": DATA}),
+        ((conv(), linear(), drop(), relu()), {"relu": DATA}),
+        ((conv(), linear()), {"conv": DATA}),
+        ((conv(), drop(), layers.MaxPooling2D(name="pool"), relu()), {"conv": DATA, "relu": DATA}),
         ((conv(activation="softmax"),), {"conv": UNIT}),
         ((conv(), layers.Softmax(name="softmax")), {"softmax": UNIT}),
         ((conv(), layers.Activation("tanh", name="tanh")), {"tanh": SIGNED}),
@@ -72,6 +89,15 @@ def test_an_output_that_is_read_twice_or_leaves_the_model_does_not_fuse():
     assert placed(model) == {"first": DATA, "second": DATA, "relu": DATA, "sum": DATA}
     tensor = conv("last")(inputs)
     assert placed(keras.Model(inputs, [tensor, relu()(tensor)])) == {"last": DATA, "relu": DATA}
+
+
+def test_what_is_read_twice_or_leaves_the_model_behind_dropout_does_not_fuse():
+    inputs = keras.Input((8, 8, 4))
+    dropped = drop()(conv()(inputs))
+    model = keras.Model(inputs, [relu()(dropped), norm()(dropped)])
+    assert placed(model) == {"conv": DATA, "relu": DATA, "norm": DATA}
+    dropped = drop()(conv()(inputs))
+    assert placed(keras.Model(inputs, [dropped, relu()(dropped)])) == {"conv": DATA, "relu": DATA}
 
 
 def test_a_residual_block_quantizes_both_summands_and_one_result():
@@ -123,6 +149,29 @@ def test_a_subclass_counts_as_the_layer_it_is_derived_from():
 
     model = chain(OwnConv(4, 3, name="own"), relu(), OwnLayer(name="other"))
     assert placed(model) == {"relu": DATA, "other": DATA}
+
+
+ARGUMENTS = {
+    "GaussianNoise": (1.0,),
+    "RandomCrop": (4, 4),
+    "RandomPosterization": (2,),
+    "RandomTranslation": (0.5, 0.5),
+}
+NEEDS_ONE = re.compile(".*Dropout.*|Random(Brightness|Color|Contrast|Hue|Rot|Sat|Sharp|Zoom).*")
+RANDOM = {name for name in dir(layers) if name.startswith("Random")}
+
+
+@pytest.mark.parametrize("name", sorted((IDENTITIES | RANDOM) - {"InputLayer"}))
+def test_identities_leave_their_input_as_it_is_in_inference(name, random):
+    """Every layer of Keras that only augments is one of them."""
+    one = (0.5,) if NEEDS_ONE.match(name) else ()
+    layer = getattr(layers, name)(*ARGUMENTS.get(name, one))
+    rank = int(name[-2]) if name.startswith("Spatial") else 2
+    x = random.uniform(0, 1, (2, *[6] * rank, 3)).astype("float32")
+    kwargs = {} if name in ("ActivityRegularization", "Identity") else {"training": False}
+    same(layer(x, **kwargs), x)
+    assert is_identity(layer)
+    assert carries_grid(layer)
 
 
 @pytest.mark.parametrize("name", sorted(LINEAR | ACTIVATIONS | CARRIERS))
