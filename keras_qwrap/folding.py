@@ -13,6 +13,8 @@ from keras_qwrap.channels import Channels, make_channels
 from keras_qwrap.copying import Copier, check_graph, is_graph
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.grids import SMALLEST_SCALE, IntegerGrid, check_scale, float_array
+from keras_qwrap.inner_layers import kind
+from keras_qwrap.placement import LINEAR
 from keras_qwrap.substitution import graph_nodes, sublayers
 from keras_qwrap.tensors import to_numpy
 
@@ -259,20 +261,13 @@ class _Channels:
     config: dict
 
 
-_KERNELS: dict[type, tuple[str, tuple[int, ...]]] = {
-    layers.Dense: ("kernel", (-1,)),
-    layers.Conv1D: ("kernel", (-1,)),
-    layers.Conv2D: ("kernel", (-1,)),
-    layers.Conv3D: ("kernel", (-1,)),
-    layers.Conv1DTranspose: ("kernel", (-2,)),
-    layers.Conv2DTranspose: ("kernel", (-2,)),
-    layers.Conv3DTranspose: ("kernel", (-2,)),
-    layers.DepthwiseConv1D: ("kernel", (-2, -1)),
-    layers.DepthwiseConv2D: ("kernel", (-2, -1)),
-    layers.SeparableConv1D: ("pointwise_kernel", (-1,)),
-    layers.SeparableConv2D: ("pointwise_kernel", (-1,)),
-}
-"""Class -> the kernel that makes the output channels, and its axes that hold them."""
+def _kernel(name: str) -> tuple[str, tuple[int, ...]]:
+    """The kernel that makes the output channels of a class of layers, and its axes of them."""
+    if name.startswith("Separable"):
+        return "pointwise_kernel", (-1,)
+    if name.startswith("Depthwise"):
+        return "kernel", (-2, -1)
+    return "kernel", (-2,) if name.endswith("Transpose") else (-1,)
 
 
 def _output_channels(layer: keras.Layer, rank: int, axis: int) -> _Channels | None:
@@ -287,9 +282,10 @@ def _output_channels(layer: keras.Layer, rank: int, axis: int) -> _Channels | No
         found = label in kernel
         return _Channels("kernel", (kernel.index(label),), bias_shape, config) if found else None
     first = getattr(layer, "data_format", None) == "channels_first"
-    if type(layer) not in _KERNELS or axis != (1 if first else rank - 1):
+    linear = kind(layer) in LINEAR and type(layer) is getattr(layers, kind(layer))
+    if not linear or axis != (1 if first else rank - 1):
         return None
-    path, kernel_axes = _KERNELS[type(layer)]
+    path, kernel_axes = _kernel(kind(layer))
     return _Channels(path, kernel_axes, (-1,), {"use_bias": True})
 
 
