@@ -7,7 +7,7 @@ def _describe(value: Any) -> str:
     text = repr(value)
     if len(text) > 120:
         text = f"{text[:117]}..."
-    return f"{text} (of type {type(value).__name__})"
+    return text if isinstance(value, str) else f"{text} (of type {type(value).__name__})"
 
 
 def bad_value(name: str, received: Any, expected: str, fix: str) -> ValueError:
