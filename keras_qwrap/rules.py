@@ -16,7 +16,6 @@ from keras_qwrap.weight_paths import default_weights
 
 FLOAT: Literal["float"] = "float"
 
-_MATCHES = ("name", "pattern", "layer_class", "position", "predicate")
 SPECS: dict[str, type[Declared]] = {"weights": WeightsSpec, "activations": ActivationSpec}
 
 
@@ -49,6 +48,57 @@ def without_specs(config: dict) -> dict:
 
 def _class_names(layer: keras.Layer) -> list[str]:
     return [keras.saving.get_registered_name(base) for base in type(layer).__mro__]
+
+
+def _checked_name(rule: Any, name: Any) -> str:
+    if not isinstance(name, str):
+        raise bad_type(f"name of {rule}", name, "a string", "Pass a layer's name.")
+    return name
+
+
+def _checked_pattern(rule: Any, pattern: Any) -> str:
+    if not isinstance(pattern, str):
+        fix = "Pass for example 'block[0-9]_conv'."
+        raise bad_type(f"pattern of {rule}", pattern, "a string", fix)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        wrong = f"Python's `re` says: {error}."
+        raise bad_value(f"pattern of {rule}", pattern, "a regular expression", wrong) from error
+    return pattern
+
+
+def _checked_layer_class(rule: Any, layer_class: Any) -> str:
+    if isinstance(layer_class, type) and issubclass(layer_class, keras.Layer):
+        return keras.saving.get_registered_name(layer_class)
+    if isinstance(layer_class, str):
+        return layer_class
+    fix = "Pass for example keras.layers.Conv2D."
+    raise bad_type(f"layer_class of {rule}", layer_class, "a layer class or its name", fix)
+
+
+def _checked_position(rule: Any, position: Any) -> int:
+    if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
+        fix = "Pass 0 for the first, -1 for the last."
+        raise bad_type(f"position of {rule}", position, "an int", fix)
+    return int(position)
+
+
+def _checked_predicate(rule: Any, predicate: Any) -> Callable:
+    if not callable(predicate):
+        fix = "Pass for example lambda layer: layer.count_params() < 1000."
+        raise bad_type(f"predicate of {rule}", predicate, "a function of a layer", fix)
+    return predicate
+
+
+_MATCHES: dict[str, Callable[[Any, Any], Any]] = {
+    "name": _checked_name,
+    "pattern": _checked_pattern,
+    "layer_class": _checked_layer_class,
+    "position": _checked_position,
+    "predicate": _checked_predicate,
+}
+"""Arguments of a rule that say which layers it is for, and what checks each."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,47 +145,11 @@ class Rule(Declared):
         if len(given) != 1:
             fix = "Make a rule of each; the first that matches a layer decides."
             raise bad_value("rule", self, f"exactly one of {', '.join(_MATCHES)}", fix)
-        checked = getattr(self, f"_checked_{given[0]}")(getattr(self, given[0]))
-        object.__setattr__(self, given[0], checked)
+        match = given[0]
+        object.__setattr__(self, match, _MATCHES[match](self, getattr(self, match)))
         for name, cls in SPECS.items():
             if getattr(self, name) is not None:
                 check_spec(f"{name} of {self}", getattr(self, name), cls)
-
-    def _checked_name(self, name: Any) -> str:
-        if not isinstance(name, str):
-            raise bad_type(f"name of {self}", name, "a string", "Pass a layer's name.")
-        return name
-
-    def _checked_pattern(self, pattern: Any) -> str:
-        if not isinstance(pattern, str):
-            fix = "Pass for example 'block[0-9]_conv'."
-            raise bad_type(f"pattern of {self}", pattern, "a string", fix)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            wrong = f"Python's `re` says: {error}."
-            raise bad_value(f"pattern of {self}", pattern, "a regular expression", wrong) from error
-        return pattern
-
-    def _checked_layer_class(self, layer_class: Any) -> str:
-        if isinstance(layer_class, type) and issubclass(layer_class, keras.Layer):
-            return keras.saving.get_registered_name(layer_class)
-        if isinstance(layer_class, str):
-            return layer_class
-        fix = "Pass for example keras.layers.Conv2D."
-        raise bad_type(f"layer_class of {self}", layer_class, "a layer class or its name", fix)
-
-    def _checked_position(self, position: Any) -> int:
-        if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
-            fix = "Pass 0 for the first, -1 for the last."
-            raise bad_type(f"position of {self}", position, "an int", fix)
-        return int(position)
-
-    def _checked_predicate(self, predicate: Any) -> Callable:
-        if not callable(predicate):
-            fix = "Pass for example lambda layer: layer.count_params() < 1000."
-            raise bad_type(f"predicate of {self}", predicate, "a function of a layer", fix)
-        return predicate
 
     @classmethod
     def leave_in_float(cls, **match: Any) -> "Rule":
