@@ -9,9 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.copying import check_built
+from keras_qwrap.errors import bad_value
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.quantizing_layer import observed, quantizers_in
+from keras_qwrap.quantizing_layer import QuantizingLayer, observed, quantizers_in
 from keras_qwrap.range_search import END_METHODS, check_method, find_range
 from keras_qwrap.streams import batches, number_of_batches
 from keras_qwrap.substitution import sublayers
@@ -89,12 +90,15 @@ def calibrate(
     print(calibrate(model, data, "minmax", verbose=0))  # {'input': (-1.0, 2.0)}
     ```
     """
-    rows = _rows(model)
+    owners = {id(quantizer): owner.name for owner, _, quantizer in _found(model)}
     if isinstance(method, Mapping):
-        methods = _methods_by_name(model, method)
+        unknown = [name for name in method if name not in owners.values()]
+        if unknown:
+            fix = "Name wrappers and holders whose ranges are to be found."
+            raise bad_value("method", unknown, f"names among {sorted(set(owners.values()))}", fix)
+        methods = {key: method.get(name, _DEFAULT) for key, name in owners.items()}
     else:
-        every = check_method(_DEFAULT if method is None else method)
-        methods = {id(quantizer): every for _, quantizer in rows}
+        methods = dict.fromkeys(owners, check_method(_DEFAULT if method is None else method))
     return calibrate_each(
         model, data, lambda quantizer: methods[id(quantizer)], batch_size, steps, verbose
     )
@@ -137,12 +141,11 @@ def calibrate_each(
     return found
 
 
-def _rows(model: keras.Model) -> list[Row]:
-    """Name, of which none is there twice, and quantizer of every range to be found."""
-    if not isinstance(model, keras.Model):
-        raise bad_type("model", model, "a keras.Model", "Wrap the layer in a model first.")
-    if not model.built:
-        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+def _found(
+    model: keras.Model,
+) -> list[tuple[QuantizingLayer, str, MovingAverageActivationQATQuantizer]]:
+    """Owner, role and quantizer of every range to be found."""
+    check_built(model)
     found = [
         (owner, role, quantizer)
         for owner, role, quantizer in quantizers_in(model)
@@ -155,6 +158,12 @@ def _rows(model: keras.Model) -> list[Row]:
             "a model with a MovingAverageActivationQATQuantizer in a wrapper or holder",
             "Quantize its activations first; fixed ranges need no calibration.",
         )
+    return found
+
+
+def _rows(model: keras.Model) -> list[Row]:
+    """Name, of which none is there twice, and quantizer of every range to be found."""
+    found = _found(model)
     owners = {id(owner): owner.name for owner, _, _ in found}
     repeated = len(set(owners.values())) < len(owners)
     paths = _nested_paths(model) if repeated else {}
@@ -194,18 +203,6 @@ def _told_apart(rows: list[Row]) -> list[Row]:
         used.add(name)
         unique.append((name, quantizer))
     return unique
-
-
-def _methods_by_name(model: keras.Model, method: Mapping[str, str]) -> dict[int, str]:
-    """The method of each quantizer in a model, by its `id`."""
-    owners = quantizers_in(model)
-    known = {owner.name for owner, _, _ in owners}
-    unknown = [name for name in method if name not in known]
-    if unknown:
-        fix = "Name wrappers and holders of the model."
-        raise bad_value("method", unknown, f"names among {sorted(known)}", fix)
-    chosen = {name: check_method(each, f"method of '{name}'") for name, each in method.items()}
-    return {id(quantizer): chosen.get(owner.name, _DEFAULT) for owner, _, quantizer in owners}
 
 
 class _Observer(keras.Model):

@@ -5,7 +5,8 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.substitution import new_input
+from keras_qwrap.quantizing_layer import QuantizingLayer
+from keras_qwrap.substitution import new_input, sublayers
 from keras_qwrap.weight_paths import copy_variables
 
 
@@ -15,12 +16,31 @@ def is_graph(model: Any) -> bool:
     return functional or isinstance(model, keras.Sequential)
 
 
+def check_built(model: Any) -> None:
+    """Refuse what is no built model."""
+    if not isinstance(model, keras.Model):
+        raise bad_type("model", model, "a keras.Model", "Wrap the layer in a model first.")
+    if not model.built:
+        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+
+
 def check_graph(model: Any) -> None:
     """Refuse what is no built Functional or Sequential model."""
     if not is_graph(model):
         raise bad_type("model", model, "a Functional or Sequential model", "Pass a keras.Model.")
-    if not model.built:
-        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+    check_built(model)
+
+
+def check_float(model: keras.Model) -> None:
+    """Refuse a model with wrappers or holders inside."""
+    inside = [layer.name for layer in sublayers(model) if isinstance(layer, QuantizingLayer)]
+    if inside:
+        raise bad_value(
+            "model",
+            f"'{model.name}' with quantized layers {inside[:8]}",
+            "a float model",
+            "Quantize the float model, or unwrap this one by `unwrap_model` first.",
+        )
 
 
 class Copier:

@@ -319,6 +319,14 @@ def test_calibration_of_endless_data_and_progress(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_method_for_what_has_no_range_to_be_found_is_refused():
+    fixed = qi.ActivationSymmetricInferableQuantizer(8, threshold=1.0, signed=True)
+    other = qi.KerasActivationQuantizationHolder(fixed, name="fixed")
+    model = keras.Sequential([keras.Input((3,)), other, holder()])
+    run = lambda: qi.calibrate(model, X, {"fixed": "mse"}, verbose=0)  # noqa: E731
+    refused(ValueError, run, "['fixed']", "['only']")
+
+
 @pytest.mark.tensorflow
 def test_calibration_is_traced_once_for_each_shape():
     calls = []
