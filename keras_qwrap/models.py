@@ -85,8 +85,11 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     without this package.
 
     Activations are no longer quantized: the outputs equal those of `model` in inference only where
-    no activation is quantized. Activity regularizers of wrappers and holders go with them; layers
-    that were frozen, as conversion leaves them, stay frozen.
+    no activation is quantized. Activity regularizers of wrappers and holders go with them, and
+    where a holder made an output, its entry in `output_names` is that of the layer before.
+
+    Frozen layers stay frozen, except that what conversion froze can be trained again: all that
+    converted wrappers and a converted `QuantizedModel` held, whatever it was before.
 
     Args:
         model: a built Functional or Sequential model, quantization-aware, converted or plain; or
@@ -143,6 +146,8 @@ class _Unwrapper(Copier):
         refuse_inner_wrappers(inner)
         new = self.plain_copy(inner)
         new.name = layer.name
+        if getattr(layer, "converted", False):
+            new.trainable = True
         self._dequantized.append((inner, new, weights))
         return new
 

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.subclassed import QuantizedModel
 
 _KINDS = "an array or several, a dataset, a generator or another iterable of batches"
 
@@ -28,7 +29,8 @@ def batches(
         data: one of
             - an array;
             - a dictionary of arrays, by input name, or a tuple or list of as many arrays as the
-              model has inputs;
+              model has inputs (of a subclassed model that is no `QuantizedModel` they are not
+              known: a list is then an iterable of batches);
             - a tuple `(x, y)` or `(x, y, sample_weight)`, where `x` is one of the above;
             - a `keras.utils.PyDataset`;
             - an iterable of batches, each one of the first three, such as a `tf.data.Dataset`, a
@@ -38,8 +40,9 @@ def batches(
 
     Raises:
         TypeError, ValueError: `data` is of no such kind, or without end, or yields nothing; a
-            batch has another number of inputs or shape than the model, values that are no
-            numbers where the model takes numbers, NaN or infinity.
+            batch has another number of inputs or shape than the model (a `QuantizedModel` takes
+            all sizes that it can be called with), values that are no numbers where the model
+            takes numbers, NaN or infinity.
 
     Example:
 
@@ -58,7 +61,7 @@ def batches(
     raw = _raw_batches(data, expected, batch_size)
     if steps is None and _is_endless(data):
         raise bad_value("steps", None, "a number of batches", "The data has no end of its own.")
-    return _checked(islice(raw, steps), expected)
+    return _checked(islice(raw, steps), _Check(model, expected))
 
 
 def number_of_batches(
@@ -96,9 +99,11 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _expected_inputs(model: keras.Model) -> Any:
-    """The symbolic inputs in the model's structure; None for a subclassed model."""
+    """The symbolic inputs in the model's structure; None where a subclassed model has none."""
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
+    if isinstance(model, QuantizedModel):
+        return model.example_inputs()
     return model.input if hasattr(model, "operations") else None
 
 
@@ -176,9 +181,8 @@ def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
     )
 
 
-def _checked(raw: Iterator[Any], expected: Any) -> Iterator[Any]:
+def _checked(raw: Iterator[Any], check: "_Check") -> Iterator[Any]:
     """Batches as numpy arrays; `map` holds none of them while the next one is made."""
-    check = _Check(expected)
     yield from map(check, raw)
     if check.index == 0:
         raise bad_value(
@@ -189,9 +193,11 @@ def _checked(raw: Iterator[Any], expected: Any) -> Iterator[Any]:
 class _Check:
     """Turns each batch into numpy arrays in the model's structure, or refuses it."""
 
-    def __init__(self, expected: Any) -> None:
+    def __init__(self, model: keras.Model, expected: Any) -> None:
         self.expected = expected
         self.index = 0
+        self._model = model
+        self._taken: set[tuple] = set()
         self._ranks: list[int] | None = None
 
     def __call__(self, inputs: Any) -> Any:
@@ -208,8 +214,19 @@ class _Check:
             shapes = [array.shape for array in flat]
             raise bad_value(where, shapes, "inputs with as many rows as each other", "Match them.")
         if self.expected is not None:
-            for array, tensor in zip(flat, keras.tree.flatten(self.expected), strict=True):
-                _check_shape(array, tensor, where)
+            wrong = [
+                (array.shape, tensor)
+                for array, tensor in zip(flat, keras.tree.flatten(self.expected), strict=True)
+                if not _fits(array, tensor)
+            ]
+            if wrong and not self._is_taken(arrays):
+                shape, tensor = wrong[0]
+                raise bad_value(
+                    where,
+                    f"shape {shape} for input '{tensor.name}'",
+                    f"shape {tuple(tensor.shape)}",
+                    "Batch the data, and give it the shape that the model was built for.",
+                )
         ranks = [array.ndim for array in flat]
         if self._ranks not in (None, ranks):
             raise bad_value(
@@ -218,6 +235,26 @@ class _Check:
         self._ranks = ranks
         self.index += 1
         return arrays
+
+    def _is_taken(self, arrays: Any) -> bool:
+        """Whether a model without graph takes other sizes than those it was built with."""
+        flat, tensors = keras.tree.flatten(arrays), keras.tree.flatten(self.expected)
+        same_ranks = [array.ndim for array in flat] == [len(tensor.shape) for tensor in tensors]
+        if not same_ranks or not isinstance(self._model, QuantizedModel):
+            return False
+        shapes = tuple(array.shape for array in flat)
+        if shapes not in self._taken:
+            specs = keras.tree.map_structure(
+                lambda array, tensor: keras.KerasTensor(array.shape, tensor.dtype),
+                arrays,
+                self.expected,
+            )
+            try:
+                self._model.compute_output_spec(specs)
+            except Exception:
+                return False
+            self._taken.add(shapes)
+        return True
 
 
 def _matched(inputs: Any, expected: Any, where: str) -> Any:
@@ -276,15 +313,8 @@ def _array(value: Any, where: str, dtype: str) -> np.ndarray:
     return array
 
 
-def _check_shape(array: np.ndarray, tensor: keras.KerasTensor, where: str) -> None:
+def _fits(array: np.ndarray, tensor: keras.KerasTensor) -> bool:
     shape = tuple(tensor.shape)
-    fits = len(shape) == array.ndim and all(
+    return len(shape) == array.ndim and all(
         wanted in (None, given) for wanted, given in zip(shape, array.shape, strict=True)
     )
-    if not fits:
-        raise bad_value(
-            where,
-            f"shape {array.shape} for input '{tensor.name}'",
-            f"shape {shape}",
-            "Batch the data, and give it the shape that the model was built for.",
-        )

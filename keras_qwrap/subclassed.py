@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
-from keras_qwrap.copying import is_graph
+from keras_qwrap.copying import check_float, is_graph
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inner_layers import (
@@ -23,7 +23,6 @@ from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.quantizing_layer import (
     FORMAT_VERSION,
     Quantizer,
-    QuantizingLayer,
     check_format_version,
     copy_quantizer,
     inferable_twin,
@@ -263,17 +262,37 @@ class QuantizedModel(keras.Model):
     def unwrap(self) -> keras.Model:
         """A new model of the given one's class, with the dequantized weights and no quantizers.
 
+        Frozen layers stay frozen; of a converted model, which is frozen as a whole, none is.
+
         Raises:
             ValueError: the model is not built.
         """
         weights = self._built_weights("unwrap")
         new, _ = copy_built(self.model, self._example())
         _assign(new, weights)
+        if self.converted:
+            new.trainable = True
         return new
 
     def _example(self) -> tuple[tuple, dict]:
         """Symbolic arguments of the copy's own call."""
         return self.wrapper.for_layer(*(self._construction.example or ((), {})))
+
+    def example_inputs(self) -> Any:
+        """Symbolic tensors in the structure of the call's first argument; None if not known.
+
+        Their first axis is None; the other sizes are those that the model was built with.
+        """
+        args, kwargs = self._construction.example or ((), {})
+        name = next(iter(inspect.signature(self.call).parameters))
+        first = args[0] if args else kwargs.get(name)
+        tensors = keras.tree.flatten(first)
+        if not tensors or not all(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
+            return None
+        names = iter([name] if len(tensors) == 1 else [f"{name}_{i}" for i in range(len(tensors))])
+        return keras.tree.map_structure(
+            lambda t: keras.KerasTensor((None, *t.shape[1:]), t.dtype, name=next(names)), first
+        )
 
     def _built_weights(self, what: str) -> dict[str, np.ndarray]:
         if not self.built:
@@ -329,10 +348,7 @@ def _check_float_model(model: Any) -> None:
         raise bad_type(
             "model", model, "a subclassed model", "Functional and Sequential ones have a graph."
         )
-    inside = [layer.name for layer in sublayers(model) if isinstance(layer, QuantizingLayer)]
-    if inside or isinstance(model, QuantizedModel):
-        fix = "Quantize the float model."
-        raise bad_value("model", f"'{model.name}' with quantizers", "a float model", fix)
+    check_float(model)
     own = [
         name
         for name in _TRAINING_STEPS

@@ -185,6 +185,8 @@ def test_frozen_layers_stay_frozen(tmp_path):
         flags = [net.first.trainable, net.norm.trainable, net.blocks[1].dense.trainable]
         assert flags == [False, True, False]
     assert quantized.unwrap().first.trainable is False
+    converted = quantized.convert_to_inferable_quantizers()
+    assert all(layer.trainable for layer in converted.unwrap()._flatten_layers())
     assert model.first.trainable
 
 

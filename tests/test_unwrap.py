@@ -165,6 +165,34 @@ def test_the_plain_model_trains_and_keeps_its_compile_settings():
     assert not np.array_equal(to_numpy(plain.get_layer("conv").kernel), before)
 
 
+def flags(model):
+    return [(layer.name, layer.trainable) for layer in model._flatten_layers() if layer.weights]
+
+
+def test_what_conversion_froze_can_be_trained_again():
+    """Quantized again, it trains as the first time; what the user froze stays frozen."""
+    model = trained(activations=True)
+    model.get_layer("sequential").get_layer("float").trainable = False
+    converted = qi.convert_to_inferable(model)
+    assert converted.trainable_variables == []
+    plain = unwrap_model(converted)
+    assert flags(plain) == flags(unwrap_model(model))
+    assert [name for name, flag in flags(plain) if not flag] == ["float"]
+    again = qi.quantize_model(plain, "w8")
+    again.compile("sgd", "mse")
+    before = to_numpy(again.get_layer("conv").layer.kernel)
+    again.fit(floats(4, 6, 6, 2), floats(4, 2), verbose=0)
+    assert not np.array_equal(to_numpy(again.get_layer("conv").layer.kernel), before)
+
+
+def test_an_output_of_a_holder_gets_the_name_of_the_layer_before():
+    inputs = keras.Input((3,))
+    held = Holder(activation(1.0, 2), name="held")(layers.Dense(2, name="dense")(inputs))
+    model = keras.Model(inputs, held)
+    assert model.output_names == ["held"]
+    assert unwrap_model(model).output_names == ["dense"]
+
+
 def test_nothing_wrapped_gives_an_equal_copy():
     model = keras.Sequential([keras.Input((5,)), Composite(0.5), layers.Dense(2)], name="same")
     plain = unwrap_model(model)
