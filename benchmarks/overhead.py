@@ -9,8 +9,6 @@ layers: what differs from 1 there is noise.
 import argparse
 import json
 import os
-import pathlib
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,10 +19,10 @@ import numpy as np
 import tensorflow as tf
 
 import keras_qwrap as qi
-from benchmarks.machine import machine
+from benchmarks.machine import machine, write
+from benchmarks.timing import Run, compare, inference, training_step
 from keras_qwrap.rounding import fake_quantize
 
-SECONDS_A_BLOCK = 0.03
 GIVEN, FROM_WEIGHT, BARE, CONVERTED = "given range", "range from the weight", "bare", "converted"
 
 CASES: dict[str, tuple[Callable[[], keras.Layer], tuple, list[str]]] = {
@@ -77,38 +75,19 @@ def make_layer(case: str, kind: str) -> keras.Layer:
     return wrapper
 
 
-def training_step(case: str, kind: str, xla: bool) -> Callable[[], None]:
-    """A function that runs one compiled training step and waits for it."""
-    keras.utils.set_random_seed(0)
-    shape = CASES[case][1]
-    model = keras.Sequential([keras.Input(shape[1:]), make_layer(case, kind)])
-    optimizer = keras.optimizers.Adam()
-    optimizer.build(model.trainable_variables)
-    x = tf.random.normal(shape)
-    y = tf.random.normal(model(x).shape)
-
-    @tf.function(jit_compile=xla)
-    def step(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.square(model(x, training=True) - y))
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
-        return loss
-
-    return lambda: step(x, y).numpy()
-
-
-def inference(case: str, kind: str, xla: bool) -> Callable[[], None]:
-    """A function that runs the compiled layer once and waits for it."""
+def timed(case: str, kind: str, what: str, xla: bool) -> Run:
+    """A function that runs the layer, as a model of its own, once."""
     keras.utils.set_random_seed(0)
     shape = CASES[case][1]
     model = keras.Sequential([keras.Input(shape[1:]), make_layer(case, kind)])
     x = tf.random.normal(shape)
-    call = tf.function(lambda x: tf.reduce_sum(model(x, training=False)), jit_compile=xla)
-    return lambda: call(x).numpy()
+    if what == "inference":
+        return inference(model, x, xla)
+    y = tf.random.normal(model.compute_output_shape(shape))
+    return training_step(model, keras.optimizers.Adam(), x, y, xla)
 
 
-def weight_quantizer(name: str, backward: bool, xla: bool) -> Callable[[], None]:
+def weight_quantizer(name: str, backward: bool, xla: bool) -> Run:
     """Quantize a 3x3x512x512 kernel per channel, 8 bits, with or without the gradient."""
     weight = tf.Variable(tf.random.normal((3, 3, 512, 512)) * 0.05)
     bound = tf.Variable(tf.reduce_max(tf.abs(weight), axis=(0, 1, 2)))
@@ -150,53 +129,20 @@ class _Latent:
         return self.weight
 
 
-def compare(
-    makers: dict[str, Callable[[], Callable[[], None]]], instances: int, blocks: int
-) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each side, and its ratio to the first one's."""
-    names = list(makers)
-    milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    order = np.random.default_rng(0)
-    for _ in range(instances):
-        runs = {name: make() for name, make in makers.items()}
-        for run in runs.values():
-            for _ in range(3):
-                run()
-        start = time.perf_counter()
-        runs[names[0]]()
-        repeats = max(1, int(SECONDS_A_BLOCK / (time.perf_counter() - start)))
-        for _ in range(blocks):
-            block = {}
-            for name in order.permutation(names):
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    runs[name]()
-                block[name] = (time.perf_counter() - start) / repeats * 1e3
-            for name in names:
-                milliseconds[name].append(block[name])
-                ratios[name].append(block[name] / block[names[0]])
-    return {
-        name: {
-            "ms": round(float(np.median(milliseconds[name])), 4),
-            "ratio": round(float(np.median(ratios[name])), 3),
-        }
-        for name in names
-    }
-
-
 def measure(selected: str, instances: int, blocks: int) -> list[dict]:
     """All comparisons whose title contains `selected`."""
     rows: list[tuple[str, dict]] = []
     for xla in (False, True):
         mode = "XLA" if xla else "graph"
         for case in CASES:
-            for what, make, kinds in (
-                ("training step", training_step, (FROM_WEIGHT, GIVEN)),
-                ("inference", inference, (FROM_WEIGHT, GIVEN, CONVERTED)),
+            for what, kinds in (
+                ("training step", (FROM_WEIGHT, GIVEN)),
+                ("inference", (FROM_WEIGHT, GIVEN, CONVERTED)),
             ):
                 sides = {"bare": BARE, "bare again": BARE} | {kind: kind for kind in kinds}
-                makers = {name: partial(make, case, kind, xla) for name, kind in sides.items()}
+                makers = {
+                    name: partial(timed, case, kind, what, xla) for name, kind in sides.items()
+                }
                 rows.append((f"{case}: {what}, {mode}", makers))
         for backward in (False, True):
             what = "forward and backward" if backward else "forward"
@@ -214,18 +160,13 @@ def measure(selected: str, instances: int, blocks: int) -> list[dict]:
     return results
 
 
-def write(results: list[dict], folder: pathlib.Path) -> None:
-    """The results as JSON, and as tables to read."""
-    about = machine()
-    text = json.dumps({"machine": about, "results": results}, indent=2)
-    (folder / "overhead.json").write_text(text + "\n")
-    lines = ["# Overhead", "", "Written by `python -m benchmarks.overhead`.", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
-    lines += ["", "| what | side | ms | ratio to the first |", "| --- | --- | --- | --- |"]
+def table(results: list[dict]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| what | side | ms | ratio to the first |", "| --- | --- | --- | --- |"]
     for row in results:
         for name, side in row["sides"].items():
             lines.append(f"| {row['title']} | {name} | {side['ms']:.3f} | {side['ratio']:.3f} |")
-    (folder / "overhead.md").write_text("\n".join(lines) + "\n")
+    return lines
 
 
 def main() -> None:
@@ -237,7 +178,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = measure(arguments.select, arguments.instances, arguments.blocks)
     if not arguments.select:
-        write(results, pathlib.Path(__file__).parent)
+        write("overhead", "Overhead", machine(), {"results": results}, table(results))
 
 
 if __name__ == "__main__":
