@@ -21,7 +21,6 @@ from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
 from keras_qwrap.quantizing_layer import QuantizingLayer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
-from keras_qwrap.rules import FLOAT
 from keras_qwrap.specs import (
     ActivationSpec,
     WeightsSpec,
@@ -29,7 +28,7 @@ from keras_qwrap.specs import (
     weights_quantizer,
 )
 from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.substitution import graph_nodes, input_layer, sublayers
+from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
 from keras_qwrap.tensors import to_numpy
 from keras_qwrap.weight_paths import check_supported, default_weights, find_weight
 from keras_qwrap.wrapper import KerasQuantizationWrapper
@@ -52,8 +51,9 @@ def quantize_model(
     `model` is left as it is. Activation ranges come from `calibration_data`, from a later
     `calibrate`, or from training; until then activations pass unquantized in inference.
 
-    A layer that cannot be wrapped is left in float, with a warning. A subclassed model becomes a
-    `QuantizedModel`.
+    A layer of a graph that cannot be wrapped is left in float, with a warning. A subclassed model
+    becomes a `QuantizedModel`. `quantization_report(quantized, recipe)` says what was left in
+    float, and why.
 
     Args:
         model: a built Keras model without quantized layers.
@@ -129,16 +129,72 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _in_order(model: keras.Model, graphs: dict[int, keras.Model]) -> Iterator[keras.Layer]:
-    """The layers of a graph in order of execution; a nested model's, where it stands."""
+def unwrapped(operation: Any) -> Any:
+    """The layer inside all wrappers."""
+    while isinstance(operation, KerasQuantizationWrapper):
+        operation = operation.layer
+    return operation
+
+
+def ordered_nodes(model: keras.Model) -> list[GraphNode]:
+    """The nodes of a graph in an order of execution that holders between them do not change.
+
+    Each node stands right behind what it needs, and what the first outputs need comes first.
+    (Keras orders by the distance from the outputs, which holders change.)
+    """
+    made_by = {id(tensor): node for node in graph_nodes(model) for tensor in node.outputs}
+    ordered: dict[int, GraphNode] = {}
+    stack = [made_by[id(t)] for t in reversed(model.outputs) if id(t) in made_by]
+    while stack:
+        before = [made_by[id(t)] for t in reversed(stack[-1].inputs) if id(t) in made_by]
+        waiting = [node for node in before if id(node) not in ordered]
+        if waiting and id(stack[-1]) not in ordered:
+            stack += waiting
+        else:
+            ordered.setdefault(id(stack[-1]), stack.pop())
+    return list(ordered.values())
+
+
+def _in_order(model: keras.Model, graphs: dict[int, keras.Model]) -> Iterator[Any]:
+    """Layers and functions of a graph in order of execution; a nested model's, where it stands."""
     graphs[id(model)] = model
     yield from (input_layer(tensor) for tensor in model.inputs)
-    for node in graph_nodes(model):
+    for node in ordered_nodes(model):
         if not is_graph(node.operation):
-            if isinstance(node.operation, keras.Layer):
-                yield node.operation
+            yield unwrapped(node.operation)
         elif id(node.operation) not in graphs:
             yield from _in_order(node.operation, graphs)
+
+
+def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision], list[keras.Model]]:
+    """What a recipe says of each layer and function of a graph, by `id`; and the nested graphs.
+
+    It says the same of a float model and of what was made of it: a wrapper stands for its layer,
+    and holders do not count. Functions between layers follow no rule.
+    """
+    graphs: dict[int, keras.Model] = {}
+    found = {id(operation): operation for operation in _in_order(model, graphs)}
+    layers = {
+        key: operation
+        for key, operation in found.items()
+        if isinstance(operation, keras.Layer)
+        and not isinstance(operation, KerasActivationQuantizationHolder)
+    }
+    decisions = dict(zip(layers, recipe.plan(list(layers.values())), strict=True))
+    return dict.fromkeys(found, recipe._decide(None)) | decisions, list(graphs.values())
+
+
+Units = dict[str, tuple[keras.Layer, list[keras.KerasTensor]]]
+
+
+def units_in(model: keras.Model, example: Example | None) -> Units:
+    """The inner layers of a subclassed model by path, with their outputs, in the order of a call.
+
+    Layers that the call does not run come last, with no outputs.
+    """
+    outputs = layer_outputs(model, example)
+    layers = quantizable_layers(model)
+    return {path: (layers[path], outputs.get(path, [])) for path in [*outputs, *layers]}
 
 
 def _weight_quantizer(
@@ -180,14 +236,10 @@ class _GraphQuantizer(Copier):
         super().__init__()
         self.methods: dict[int, str] = {}
         self._model = model
-        self._between = None if recipe.activations == FLOAT else recipe.activations
         self._outputs: dict[int, list[OutputRange]] = {}
-        graphs: dict[int, keras.Model] = {}
-        layers = {id(layer): layer for layer in _in_order(model, graphs)}
-        for graph in graphs.values():
+        self._decisions, graphs = plan_graph(model, recipe)
+        for graph in graphs:
             self._outputs |= output_ranges(graph)
-        decisions = recipe.plan(list(layers.values()))
-        self._decisions: dict[int, Decision] = dict(zip(layers, decisions, strict=True))
         self._held: dict[int, keras.KerasTensor] = {}
 
     def new_layer(self, layer: keras.Layer) -> keras.Layer:
@@ -213,13 +265,16 @@ class _GraphQuantizer(Copier):
             lambda value: self._held.get(id(value), value), (args, kwargs)
         )
         outputs = new(*args, **kwargs)
-        if isinstance(layer, keras.Layer) or id(layer) not in self._outputs or not self._between:
+        if isinstance(layer, keras.Layer) or id(layer) not in self._outputs:
+            return outputs
+        spec = self._decisions[id(layer)].activations
+        if spec is None:
             return outputs
         flat = keras.tree.flatten(outputs)
         names = [layer.name if len(flat) == 1 else f"{layer.name}_{i}" for i in range(len(flat))]
         kinds = self._outputs[id(layer)]
         held = [
-            self._holder(name, self._between, output)(tensor)
+            self._holder(name, spec, output)(tensor)
             for name, output, tensor in zip(names, kinds, flat, strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, held)
@@ -262,26 +317,21 @@ def _quantize_subclassed(
     model: keras.Model, recipe: Recipe, example: Example | None
 ) -> tuple[keras.Model, dict[int, str]]:
     """The quantized copy of a model without graph, and how each quantizer's range is found."""
-    outputs_of = layer_outputs(model, example)
-    found = quantizable_layers(model)
-    layers = {path: found[path] for path in [*outputs_of, *found]}
-    plan = recipe.plan(list(layers.values()))
-    decisions = {
-        path: decision if _is_supported(layer) else Decision(None, None)
-        for (path, layer), decision in zip(layers.items(), plan, strict=True)
-    }
+    units = units_in(model, example)
+    plan = recipe.plan([layer for layer, _ in units.values()])
+    decisions = dict(zip(units, plan, strict=True))
     weights = {}
     for path, axes in default_weights(model).items():
-        owners = [owner for owner in layers if path.startswith(f"{owner}/")]
+        owners = [owner for owner in units if path.startswith(f"{owner}/")]
         spec = decisions[max(owners, key=len)].weights if owners else None
         if spec:
             weights[path] = _weight_quantizer(model, path, axes, spec)
     activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
     methods: dict[int, str] = {}
-    for path, outputs in outputs_of.items():
-        wanted, layer = decisions[path].activations, layers[path]
+    for path, (layer, outputs) in units.items():
+        wanted = decisions[path].activations
         floats = all("float" in keras.backend.standardize_dtype(t.dtype) for t in outputs)
-        if wanted and floats and not carries_grid(layer):
+        if wanted and outputs and floats and not carries_grid(layer):
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
             methods |= {id(made): wanted.range for made in activations[path]}

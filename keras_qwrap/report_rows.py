@@ -80,23 +80,42 @@ class FloatWeight:
 
 
 @dataclass(frozen=True)
+class UnquantizedOutputs:
+    """The outputs of a layer or function that have no quantizer, and why.
+
+    Attributes:
+        state: "fused": it runs in one integer kernel with the layers that read it, and one
+            quantizer stands behind all; "as its input": it carries the grid of its input, where
+            that has one; "no float": integers, for example; "float": what is left in float.
+        fused_into: the names of the layers that read it, where `state` is "fused".
+    """
+
+    state: str
+    reason: str
+    fused_into: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerReport:
-    """A layer that has weights or quantizers.
+    """A layer that has weights, quantizers or outputs; a function between layers; an input.
 
     Attributes:
         path: names of the models and layers around it and its own, joined by `/`.
         class_name: of the layer itself, not of its wrapper.
         wrapped: whether a wrapper, or a holder, owns the quantizers.
         converted: whether the weights were replaced by quantized ones.
+        outputs: None where a quantizer stands behind all of them, and where they are not known,
+            since there is no graph.
     """
 
     path: str
     class_name: str
     wrapped: bool
     converted: bool
-    weights: tuple[QuantizedWeight, ...]
-    activations: tuple[QuantizedActivation, ...]
-    left_in_float: tuple[FloatWeight, ...]
+    weights: tuple[QuantizedWeight, ...] = ()
+    activations: tuple[QuantizedActivation, ...] = ()
+    left_in_float: tuple[FloatWeight, ...] = ()
+    outputs: UnquantizedOutputs | None = None
 
 
 def ask(question: Callable, *args: Any) -> Any:

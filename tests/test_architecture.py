@@ -48,6 +48,8 @@ READING_ORDER = [
     "quantize",
     "callbacks",
     "report_rows",
+    "report_reasons",
+    "report_walk",
     "report",
     "files",
     "testing",

@@ -22,7 +22,7 @@ Wrapper = qi.KerasQuantizationWrapper
 
 def reasons(layer, shape, **quantizers):
     wrapped = Wrapper(layer, quantizers) if quantizers else layer
-    (row,) = quantization_report(keras.Sequential([keras.Input(shape), wrapped])).layers
+    row = quantization_report(keras.Sequential([keras.Input(shape), wrapped])).layers[1]
     return {weight.path: weight.reason for weight in row.left_in_float}
 
 
@@ -55,7 +55,7 @@ def test_reason_of_a_layer_that_cannot_be_wrapped():
     dense = layers.Dense(2)
     model = keras.Sequential([keras.Input((3,)), dense])
     dense.enable_lora(1)
-    found = [row.reason for row in quantization_report(model).layers[0].left_in_float]
+    found = [row.reason for row in quantization_report(model).layers[1].left_in_float]
     assert len(found) == len(dense.weights) == 4
     assert all("cannot be wrapped: layer: received " in reason for reason in found)
     assert all("a layer without LoRA" in reason for reason in found)
@@ -70,7 +70,7 @@ def test_reason_of_integers():
             return inputs
 
     model = keras.Sequential([keras.Input((3,)), Counting(name="counting")])
-    (row,) = quantization_report(model).layers
+    row = quantization_report(model).layers[1]
     assert row.left_in_float == (FloatWeight("count", (3,), 6, "its dtype is int16"),)
 
 
@@ -85,7 +85,7 @@ def known_model():
     relu = Wrapper(layers.ReLU(name="relu"), {}, MovingAverageActivationQATQuantizer(config))
     dense = layers.Dense(2, use_bias=False, name="dense")
     wrapper = Wrapper(dense, {"kernel": weight(3, threshold=[1.0, 0.5])}, activation(4.0))
-    parts = [keras.Input((3,)), relu, wrapper, Scale(name="own")]
+    parts = [keras.Input((3,), name="in"), relu, wrapper, Scale(name="own")]
     model = keras.Sequential(parts, name="known")
     dense.kernel.assign(KNOWN)
     return model
@@ -100,12 +100,16 @@ relu   ReLU   output_0         6     uniform       not calibrated
 dense  Dense  kernel    3x2    3     symmetric     0.5..1 (2 channels)  4/8    {DB}  24 -> 11
 dense  Dense  output_0         8     power_of_two  -4..4
 
-Not quantized, because
+Weights in float, because
   no row for Scale: it has no trainable float weight of rank 2 or more
     own: factor
 
+Outputs without a quantizer, because
+  no quantizer was given for it
+    in, own
+
 Weights: 1 quantized (6 numbers), 1 in float (2 numbers)
-Activations: 1 quantized, 1 not calibrated
+Activations: 1 quantized, 1 not calibrated, 2 in float
 Bytes: 32 in float, 19 quantized, 1.68 times smaller"""
 
 
@@ -120,10 +124,10 @@ def test_plain_values():
         report = quantization_report(model)
         plain = report.to_dict()
         assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-        assert sorted(plain) == ["layers", "model", "totals"]
+        assert sorted(plain) == ["layers", "model", "notes", "totals"]
         assert plain["totals"] == dataclasses.asdict(report.totals)
         assert [row["path"] for row in plain["layers"]] == [row.path for row in report.layers]
-    plain = quantization_report(exact).to_dict()["layers"][1]
+    plain = quantization_report(exact).to_dict()["layers"][2]
     assert plain["weights"][0]["sqnr_db"] == "inf"
     assert float(plain["weights"][0]["sqnr_db"]) == math.inf
     assert plain["weights"][0]["shape"] == [3, 2]
@@ -131,8 +135,11 @@ def test_plain_values():
 
 
 def test_records():
-    relu, kernel, output, factor = quantization_report(known_model()).records()
-    assert list(relu) == list(kernel) == list(output) == list(factor)
+    given, relu, kernel, output, factor, last = quantization_report(known_model()).records()
+    for record, layer in ((given, "in"), (last, "own")):
+        assert (record["layer"], record["tensor"], record["state"]) == (layer, "outputs", "float")
+        assert record["reason"] == "no quantizer was given for it"
+    assert list(given) == list(relu) == list(kernel) == list(output) == list(factor)
     assert (relu["layer"], relu["tensor"], relu["state"]) == ("relu", "output_0", "not calibrated")
     assert (relu["shape"], relu["range_min"], relu["bytes_before"]) == (None, None, None)
     assert (kernel["class_name"], kernel["tensor"], kernel["state"]) == (
@@ -160,6 +167,6 @@ def test_rows_are_values():
     report = quantization_report(known_model())
     assert isinstance(report, QuantizationReport)
     assert report == quantization_report(known_model())
-    for value in (report, report.layers[0], report.layers[1].weights[0], report.totals):
+    for value in (report, report.layers[0], report.layers[2].weights[0], report.totals):
         with pytest.raises(dataclasses.FrozenInstanceError):
             value.bytes_before = 1

@@ -1,0 +1,142 @@
+"""Why a weight is in float, and why an output has no quantizer."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import keras
+
+from keras_qwrap.copying import is_graph
+from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.placement import carries_grid, fusions
+from keras_qwrap.quantize import unwrapped
+from keras_qwrap.quantizers.config import QuantizationTarget
+from keras_qwrap.quantizing_layer import quantizers_in
+from keras_qwrap.recipes import Decision
+from keras_qwrap.report_rows import UnquantizedOutputs
+from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
+from keras_qwrap.weight_paths import (
+    check_supported,
+    default_weights,
+    own_weights,
+    weight_paths,
+    weight_reason,
+)
+
+Decisions = Mapping[int, Decision]
+"""What the recipe says of layers and functions, by their `id`; empty where there is no recipe."""
+
+_NOT_GIVEN = "no quantizer was given for it"
+
+
+class WeightReasons:
+    """Why weights of a layer, or of the layers inside it, are in float."""
+
+    def __init__(self, layer: keras.Layer, wrapped: bool, decisions: Decisions) -> None:
+        self._layer = layer
+        self._usual = _NOT_GIVEN if wrapped else "not wrapped"
+        self._refusal = "" if wrapped or isinstance(layer, keras.Model) else _refusal(layer)
+        self._default = _default_ids(layer)
+        self._owners: dict[int, keras.Layer] = {}
+        self._recipe: dict[int, str] = {}
+        for inner in sublayers(layer):
+            for variable in own_weights(inner):
+                self._owners.setdefault(id(variable), inner)
+            decision = decisions.get(id(inner))
+            if decision is not None:
+                reason = "" if decision.weights else decision.reason
+                self._recipe |= {id(variable): reason for variable in inner.weights}
+
+    def why(self, variable: keras.Variable) -> str:
+        """In a few words."""
+        if "float" not in variable.dtype:
+            return f"its dtype is {variable.dtype}"
+        if self._refusal:
+            return self._refusal
+        if id(variable) in self._default:
+            return self._recipe.get(id(variable)) or self._usual
+        owner = self._owners.get(id(variable), self._layer)
+        decided_outside = owner is not self._layer and id(variable) in _default_ids(owner)
+        return weight_reason(self._layer if decided_outside else owner)
+
+
+def _default_ids(layer: keras.Layer) -> set[int]:
+    """The `id` of each weight that is quantized by default."""
+    paths = weight_paths(layer)
+    return {id(paths[path]) for path in default_weights(layer)}
+
+
+def _refusal(layer: keras.Layer) -> str:
+    try:
+        check_supported(layer)
+    except ValueError as error:
+        return f"cannot be wrapped: {error}"
+    return ""
+
+
+def outputs_in_graph(
+    graph: keras.Model, inputs: bool, decisions: Decisions
+) -> dict[int, UnquantizedOutputs]:
+    """The operations of a graph that have outputs without a quantizer, by `id`; and why.
+
+    Nested models are left out; their own graphs hold what they give.
+
+    Args:
+        graph: a Functional or Sequential model, quantized or not.
+        inputs: whether the graph's inputs count, as those of a whole model do.
+        decisions: what the recipe says.
+    """
+    nodes = graph_nodes(graph)
+    fused = fusions([replace(n, operation=unwrapped(n.operation)) for n in nodes], graph.outputs)
+    bare = {id(tensor) for tensor in graph.outputs}
+    held: set[int] = set()
+    for node in nodes:
+        is_holder = isinstance(node.operation, KerasActivationQuantizationHolder)
+        (held if is_holder else bare).update(id(tensor) for tensor in node.inputs)
+    if inputs:
+        nodes = [GraphNode(input_layer(tensor), [], [tensor]) for tensor in graph.inputs] + nodes
+    found: dict[int, UnquantizedOutputs] = {}
+    for node in nodes:
+        operation = node.operation
+        behind = all(id(t) in held and id(t) not in bare for t in node.outputs)
+        models = is_graph(operation) or isinstance(operation, QuantizedModel)
+        if not (behind or models or has_output_quantizers(operation)):
+            inner = unwrapped(operation)
+            into = tuple(dict.fromkeys(reader.name for reader in fused.get(id(inner), [])))
+            found[id(operation)] = why_unquantized(inner, node.outputs, into, decisions)
+    return found
+
+
+def has_output_quantizers(operation: Any) -> bool:
+    """Whether a wrapper or holder has quantizers for its outputs, be they disabled or not."""
+    return isinstance(operation, keras.Layer) and any(
+        owner is operation and quantizer.quantization_target is QuantizationTarget.Activation
+        for owner, _, quantizer in quantizers_in(operation)
+    )
+
+
+def why_unquantized(
+    operation: Any,
+    outputs: list[keras.KerasTensor],
+    fused_into: tuple[str, ...],
+    decisions: Decisions,
+) -> UnquantizedOutputs:
+    """Why the outputs of a layer or function, without its wrapper, have no quantizer."""
+    dtypes = sorted({keras.backend.standardize_dtype(tensor.dtype) for tensor in outputs})
+    floats = ["float" in dtype for dtype in dtypes]
+    if not all(floats):
+        state = "float" if any(floats) else "no float"
+        return UnquantizedOutputs(state, f"its dtype is {' and '.join(dtypes)}")
+    placed = None
+    if fused_into:
+        readers = " and ".join(f"'{name}'" for name in fused_into)
+        placed = UnquantizedOutputs("fused", f"fused into {readers}", fused_into)
+    elif carries_grid(operation) and not isinstance(operation, keras.layers.InputLayer):
+        placed = UnquantizedOutputs("as its input", "as its input, whose grid it carries")
+    elif refusal := _refusal(operation) if isinstance(operation, keras.Layer) else "":
+        return UnquantizedOutputs("float", refusal)
+    decision = decisions.get(id(operation))
+    if decision and not decision.activations:
+        return UnquantizedOutputs("float", decision.reason)
+    return placed or UnquantizedOutputs("float", _NOT_GIVEN)

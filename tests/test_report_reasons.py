@@ -1,0 +1,360 @@
+"""Why something is in float: the recipe's rules, fusion, carried grids, integers, refusals."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from layer_cases import activation, weight
+
+import keras_qwrap as qi
+from keras_qwrap import Recipe, Rule, quantization_report, quantize_model
+from keras_qwrap.report_rows import UnquantizedOutputs
+
+GIVEN_NONE = UnquantizedOutputs("float", "no quantizer was given for it")
+CARRIED = UnquantizedOutputs("as its input", "as its input, whose grid it carries")
+
+
+def fused(*names):
+    readers = " and ".join(f"'{name}'" for name in names)
+    return UnquantizedOutputs("fused", f"fused into {readers}", names)
+
+
+def left(reason):
+    return UnquantizedOutputs("float", reason)
+
+
+def unquantized(report):
+    """`{path: outputs}` of all rows without output quantizers."""
+    return {row.path: row.outputs for row in report.layers if row.outputs}
+
+
+def quantized_outputs(report):
+    return [row.path for row in report.layers if row.activations]
+
+
+def reasons(report):
+    """`{path: {weight: reason}}` of the weights that are quantized by default."""
+    found = {}
+    for row in report.layers:
+        kernels = {w.path: w.reason for w in row.left_in_float if w.path.endswith("kernel")}
+        found |= {row.path: kernels} if kernels else {}
+    return found
+
+
+def rows(*shape):
+    return np.random.default_rng(0).normal(size=(8, *shape)).astype("float32")
+
+
+def network():
+    """A convolution with all that fuses, a residual sum, carriers, an integer output."""
+    inputs = tensor = keras.Input((6, 6, 2), name="image")
+    parts = [layers.Conv2D(3, 3, name="conv"), layers.BatchNormalization(name="norm")]
+    for part in [*parts, layers.ReLU(name="relu"), layers.MaxPooling2D(name="pool")]:
+        tensor = part(tensor)
+    side = layers.Conv2D(3, 1, name="side")(tensor)
+    tensor = layers.ReLU(name="after")(layers.Add(name="sum")([tensor, side]))
+    head = layers.Dense(3, name="head")(layers.Flatten(name="flat")(tensor))
+    doubled = head * 2.0
+    doubled._keras_history.operation.name = "double"
+    largest = ops.argmax(doubled, -1)
+    largest._keras_history.operation.name = "largest"
+    return keras.Model(inputs, [doubled, largest], name="network")
+
+
+PLACED = {
+    "conv": fused("norm"),
+    "norm": fused("relu"),
+    "pool": CARRIED,
+    "sum": fused("after"),
+    "flat": CARRIED,
+    "largest": UnquantizedOutputs("no float", "its dtype is int32"),
+}
+"""What `quantize_model` gives no quantizer in `network`, whatever the rules."""
+
+HEAD = "rule Rule(name='head', weights='float', activations='float'): weights and activations stay"
+W8 = "recipe 'w8': activations stay in float"
+SIDE = "rule Rule(name='side', weights='float'): weights stay in float"
+POOL = "rule Rule(layer_class='MaxPooling2D', activations='float'): activations stay in float"
+RECIPES = {
+    "w8a8": ("w8a8", PLACED, {}),
+    "a layer": (
+        Recipe.from_preset("w8a8", rules=[Rule.leave_in_float(name="head")]),
+        PLACED | {"head": left(f"{HEAD} in float")},
+        {"head": {"kernel": f"{HEAD} in float"}},
+    ),
+    "no activations": (
+        "w8",
+        dict.fromkeys(
+            ["image", "conv", "norm", "relu", "pool", "side", "sum", "after", "flat", "head"],
+            left(W8),
+        )
+        | {"double": left(W8), "largest": PLACED["largest"]},
+        {},
+    ),
+    "in part": (
+        {
+            "rules": [
+                {"name": "side", "weights": "float"},
+                {"layer_class": "MaxPooling2D", "activations": "float"},
+            ]
+        },
+        PLACED | {"pool": left(POOL)},
+        {"side": {"kernel": SIDE}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_told_of_the_quantized_the_converted_and_the_reloaded_model(name, tmp_path):
+    recipe, outputs, weights = RECIPES[name]
+    data = None if recipe == "w8" else rows(6, 6, 2)
+    model = quantize_model(network(), recipe, data, verbose=0)
+    converted = qi.convert_to_inferable(model)
+    converted.save(tmp_path / "model.keras")
+    for each in (model, converted, keras.models.load_model(tmp_path / "model.keras")):
+        report = quantization_report(each, recipe)
+        assert unquantized(report) == outputs
+        assert reasons(report) == weights
+        states = [why.state for why in outputs.values()]
+        assert report.totals.float_activations == states.count("float")
+    behind = [row.path for row in report.layers if row.class_name.endswith("Holder")]
+    placed = {path.removesuffix("_quantizer") for path in quantized_outputs(report)}
+    assert placed | set(outputs) == {operation.name for operation in network().operations}
+    assert placed & set(outputs) == set()
+    assert behind == ([] if recipe == "w8" else ["image_quantizer", "double_quantizer"])
+
+
+def test_without_the_recipe_only_placement_is_known():
+    recipe, outputs, _ = RECIPES["a layer"]
+    report = quantization_report(quantize_model(network(), recipe))
+    assert unquantized(report) == outputs | {"head": GIVEN_NONE}
+    assert reasons(report) == {"head": {"kernel": "not wrapped"}}
+
+
+def test_text():
+    recipe, *_ = RECIPES["a layer"]
+    text = str(quantization_report(quantize_model(network(), recipe), recipe))
+    wanted = f"""\
+Outputs without a quantizer, because
+  fused into what reads them
+    conv -> norm, norm -> relu, sum -> after
+  as its input, whose grid it carries
+    pool, flat
+  {HEAD} in float
+    head
+  its dtype is int32
+    largest
+
+Weights: """
+    assert wanted in text
+    assert "Activations: 0 quantized, 5 not calibrated, 1 in float\n" in text
+
+
+def test_long_lists_are_wrapped():
+    parts = [layers.ReLU(name=f"{'relu' * 6}-{i}") for i in range(9)]
+    lines = str(quantization_report(keras.Sequential([keras.Input((2,)), *parts]))).splitlines()
+    listed = [line for line in lines if line.startswith("    ")]
+    assert [len(line) <= 100 for line in listed] == [True] * 3
+    assert " ".join(", ".join(p.name for p in parts).split()) in " ".join(" ".join(listed).split())
+
+
+def test_values_and_records_hold_it():
+    report = quantization_report(quantize_model(network()), "w8a8")
+    plain = {row["path"]: row["outputs"] for row in report.to_dict()["layers"]}
+    assert plain["conv"] == {
+        "state": "fused",
+        "reason": "fused into 'norm'",
+        "fused_into": ["norm"],
+    }
+    assert plain["relu"] is None
+    assert report.to_dict()["notes"] == []
+    record = next(
+        row for row in report.records() if row["layer"] == "norm" and row["tensor"] == "outputs"
+    )
+    told = {key: value for key, value in record.items() if value is not None}
+    assert told == {
+        "layer": "norm",
+        "class_name": "BatchNormalization",
+        "tensor": "outputs",
+        "state": "fused",
+        "reason": "fused into 'relu'",
+    }
+
+
+def test_inputs():
+    """Of a whole model; a nested model's are its caller's tensors."""
+    ids, inputs = keras.Input((3,), dtype="int32", name="ids"), keras.Input((4,), name="in")
+    inner = keras.Sequential([keras.Input((4,), name="inner_in"), layers.Dense(2, name="d")])
+    inner.name = "inner"
+    merged = layers.Concatenate(name="both")(
+        [layers.Flatten()(layers.Embedding(5, 2)(ids)), inner(inputs)]
+    )
+    model = keras.Model([ids, inputs], merged)
+    recipe = Recipe.from_preset("w8a8", rules=[Rule(name="in", activations="float")])
+    report = quantization_report(quantize_model(model, recipe), recipe)
+    found = unquantized(report)
+    assert found["ids"] == UnquantizedOutputs("no float", "its dtype is int32")
+    assert found["in"] == left(
+        "rule Rule(name='in', activations='float'): activations stay in float"
+    )
+    assert "inner/inner_in" not in found
+    assert quantized_outputs(report)[-2:] == ["inner/d", "both"]
+
+
+def branches():
+    """Two branches that are equally long without holders, and not with them."""
+    inputs = keras.Input((4,), name="in")
+    a = layers.Dense(4, name="a2")(ops.exp(layers.Dense(4, name="a1")(inputs)))
+    b = layers.Dense(4, name="b1")(inputs)
+    b = layers.Dense(4, name="b3")(layers.Dense(4, name="b2")(b))
+    return inputs, a, b
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_positions_mean_the_same_layers_with_holders_in_between(turned):
+    inputs, a, b = branches()
+    summands = [b, a] if turned else [a, b]
+    model = keras.Model(inputs, layers.Add(name="sum")(summands))
+    names = ["b1", "b2", "b3", "a1", "a2"] if turned else ["a1", "a2", "b1", "b2", "b3"]
+    for position, name in enumerate(names):
+        rule = Rule.leave_in_float(position=position)
+        recipe = Recipe.from_preset("w8a8", rules=[rule])
+        quantized = quantize_model(model, recipe)
+        told = {name: {"kernel": f"rule {rule}: weights and activations stay in float"}}
+        assert reasons(quantization_report(quantized, recipe)) == told
+
+
+def test_a_shared_layer_names_all_that_it_is_fused_into():
+    inputs = keras.Input((4,), name="in")
+    shared = layers.Dense(4, name="shared")
+    first = layers.ReLU(name="first")(shared(inputs))
+    model = keras.Model(inputs, layers.ELU(name="second")(shared(first)))
+    report = quantization_report(quantize_model(model), "w8a8")
+    assert unquantized(report) == {"shared": fused("first", "second")}
+    assert "    shared -> first and second\n" in str(report)
+
+
+@keras.saving.register_keras_serializable("test_report_reasons")
+class Traced(layers.Dense):
+    """Has a method that looks traced, which no wrapper supports."""
+
+    def helper(self):
+        """Not called."""
+
+    helper.get_concrete_function = None
+
+
+def test_a_layer_that_cannot_be_wrapped_says_so_whatever_the_recipe():
+    parts = [keras.Input((4,), name="in"), Traced(3, name="traced"), layers.ReLU(name="relu")]
+    model = keras.Sequential([*parts, Traced(2, name="last")])
+    with pytest.warns(UserWarning, match="'(traced|last)' is left in float"):
+        quantized = quantize_model(model)
+    rule = Rule.leave_in_float(name="last")
+    for recipe in (None, "w8a8", Recipe.from_preset("w8a8", rules=[rule])):
+        report = quantization_report(quantized, recipe)
+        found = unquantized(report)
+        assert found.pop("traced") == fused("relu")
+        ((path, why),) = found.items()
+        assert (path, why.state) == ("last", "float")
+        assert why.reason.startswith("cannot be wrapped: layer: received \"layer 'last'\"")
+        assert reasons(report)["last"] == {"kernel": why.reason}
+
+
+def test_hand_made_models_need_no_recipe():
+    """A wrapper without output quantizer, a holder behind a function, a disabled quantizer."""
+    inputs = keras.Input((4,), name="in")
+    dense = qi.KerasQuantizationWrapper(layers.Dense(4, name="dense"), {"kernel": weight()})(inputs)
+    total = layers.Add(name="total")([dense, inputs])
+    held = qi.KerasActivationQuantizationHolder(activation(), name="held")(total)
+    last = qi.KerasQuantizationWrapper(layers.Dense(2, name="last"), {}, activation())(held)
+    report = quantization_report(keras.Model(inputs, layers.Reshape((2, 1), name="shape")(last)))
+    assert unquantized(report) == {"in": GIVEN_NONE, "dense": GIVEN_NONE, "shape": CARRIED}
+    assert quantized_outputs(report) == ["held", "last"]
+    twice = keras.Model(inputs, [total, held, last])
+    assert unquantized(quantization_report(twice))["total"] == GIVEN_NONE
+
+
+def test_outputs_of_which_only_some_are_floats():
+    class Both(layers.Layer):
+        def call(self, x):
+            return x, ops.argmax(x, -1)
+
+    inputs = keras.Input((4,), name="in")
+    report = quantization_report(keras.Model(inputs, Both(name="both")(inputs)))
+    assert unquantized(report)["both"] == left("its dtype is float32 and int32")
+
+
+@keras.saving.register_keras_serializable("test_report_reasons")
+class Net(keras.Model):
+    """A subclassed model with a layer of each kind."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.last = layers.Dense(4), layers.Dense(3)
+        self.unused = layers.ReLU()
+        self.flat = layers.Flatten()
+        self.largest = Largest()
+
+    def call(self, x):
+        logits = self.last(self.flat(self.first(x)))
+        return logits, self.largest(logits)
+
+
+@keras.saving.register_keras_serializable("test_report_reasons")
+class Largest(layers.Layer):
+    def call(self, x):
+        return ops.argmax(x, -1)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_subclassed_model(position, tmp_path):
+    """It has no graph: it says so, and judges each inner layer alone."""
+    model = Net(name="net")
+    model(rows(4))
+    rule = Rule.leave_in_float(position=position)
+    recipe = Recipe.from_preset("w8a8", rules=[rule])
+    quantized = quantize_model(model, recipe, rows(4), verbose=0)
+    converted = qi.convert_to_inferable(quantized)
+    converted.save(tmp_path / "model.keras")
+    name = "last" if position else "first"
+    why = f"rule {rule}: weights and activations stay in float"
+    outputs = {"flat": CARRIED, "largest": UnquantizedOutputs("no float", "its dtype is int32")}
+    for each in (quantized, converted, keras.models.load_model(tmp_path / "model.keras")):
+        report = quantization_report(each, recipe)
+        assert unquantized(report) == outputs | {name: left(why)}
+        assert reasons(report) == {"net": {f"{name}/kernel": why}}
+        assert unquantized(quantization_report(each)) == outputs | {name: GIVEN_NONE}
+        (note,) = report.to_dict()["notes"]
+        assert note.startswith("A subclassed model has no graph")
+        assert str(report).count(note) == 1
+
+
+def test_a_subclassed_model_inside_a_graph():
+    net = Net(name="net")
+    net(rows(4))
+    inside = qi.QuantizedModel(net, {}, {"first": activation()})
+    inputs = keras.Input((4,), name="in")
+    found = unquantized(quantization_report(keras.Model(inputs, inside(inputs))))
+    assert found == {
+        "in": GIVEN_NONE,
+        "net/flat": CARRIED,
+        "net/last": GIVEN_NONE,
+        "net/largest": UnquantizedOutputs("no float", "its dtype is int32"),
+    }
+
+
+def test_a_hand_made_subclassed_model_says_what_it_cannot_tell():
+    net = Net(name="net")
+    net(rows(4))
+    report = quantization_report(net)
+    assert unquantized(report) == {}
+    assert "outputs without a quantizer are listed in graphs inside only" in str(report)
+    with pytest.raises(ValueError, match=r"recipe: received .*None for 'net', a subclassed"):
+        quantization_report(net, "w8a8")
+
+
+def test_a_recipe_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="the name of a layer of the model"):
+        quantization_report(network(), Recipe(rules=[Rule.leave_in_float(name="absent")]))
+    with pytest.raises(TypeError, match="expected a preset, a Recipe or its config"):
+        quantization_report(network(), 8)
