@@ -14,6 +14,9 @@ import pytest
 
 SEED = int(os.environ.get("TEST_SEED", "0"))
 
+collect_ignore = [] if keras.backend.backend() == "jax" else ["test_distribution_jax.py"]
+"""Tests of what only another backend has."""
+
 hypothesis.settings.register_profile(
     "keras_qwrap",
     deadline=None,

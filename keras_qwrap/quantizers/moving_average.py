@@ -81,8 +81,9 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
 
     The state is in variables of the layer: `min_range` and `max_range`, `steps` (training calls
     seen), `delay` (training calls that pass unquantized), `frozen` (a range, once there is one,
-    stays as it is). A batch with a NaN, an infinity or a value beyond 2**125 leaves the range as
-    it was.
+    stays as it is). An empty batch, or one with a NaN, an infinity or a value beyond 2**125,
+    leaves the range as it was. Replicas of a `tf.distribute` strategy share the mean of their
+    ranges.
 
     Args:
         quantization_config: `TrainableQuantizerActivationConfig`; its params may hold an initial
@@ -160,6 +161,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         """Move the range towards a batch's, and count the batch."""
         lowest, highest = ranges.extremes(ops.stop_gradient(x))
         usable = ops.logical_and(ops.abs(lowest) <= _LARGEST, ops.abs(highest) <= _LARGEST)
+        usable = ops.logical_and(usable, ops.size(x) > 0)
         batch = ops.minimum(lowest, np.float32(0)), ops.maximum(highest, np.float32(0))
         old = self._read("min_range"), self._read("max_range")
         began = ranges.has_range(*old, ops)
