@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_qwrap.calibration import calibrate_each
 from keras_qwrap.copying import Copier, is_graph
+from keras_qwrap.correction import correct_biases
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.folding import fold_batch_norm
 from keras_qwrap.holder import KerasActivationQuantizationHolder
@@ -49,7 +50,8 @@ def quantize_model(
     the same name in the new model; inputs and functions between layers have a
     `KerasActivationQuantizationHolder` behind them. Weights are copied, layers stay shared, and
     `model` is left as it is. Activation ranges come from `calibration_data`, from a later
-    `calibrate`, or from training; until then activations pass unquantized in inference.
+    `calibrate`, or from training; until then activations pass unquantized in inference. With
+    `bias_correction` the recipe also shifts biases, by the same data.
 
     A layer of a graph that cannot be wrapped is left in float, with a warning. A subclassed model
     becomes a `QuantizedModel`. `quantization_report(quantized, recipe)` says what was left in
@@ -86,14 +88,7 @@ def quantize_model(
     _check_model(model)
     if example is not None and is_graph(model):
         raise bad_value("example", example, "None", "Only a subclassed model needs an example.")
-    if calibration_data is not None and not _finds_ranges(recipe):
-        raise bad_value(
-            "recipe", recipe, "quantized activations", "Drop calibration_data: it has no use here."
-        )
-    if recipe.fold_batch_norm and not is_graph(model):
-        raise bad_value(
-            "recipe", recipe, "fold_batch_norm=False for a subclassed model", "It has no graph."
-        )
+    _check_options(model, recipe, calibration_data)
     if recipe.fold_batch_norm:
         model = fold_batch_norm(model)
     if is_graph(model):
@@ -102,11 +97,32 @@ def quantize_model(
         methods = quantizer.methods
     else:
         new, methods = _quantize_subclassed(model, recipe, example)
-    if calibration_data is not None:
+    if recipe.bias_correction:
+        correct_biases(new, model, calibration_data, batch_size, steps)
+    if calibration_data is not None and _finds_ranges(recipe):
         calibrate_each(
             new, calibration_data, lambda made: methods[id(made)], batch_size, steps, verbose
         )
     return new
+
+
+def _check_options(model: keras.Model, recipe: Recipe, data: Any) -> None:
+    """Refuse data without use, no data where it is needed, and what only a graph allows."""
+    if not (data is None or recipe.bias_correction or _finds_ranges(recipe)):
+        raise bad_value(
+            "recipe", recipe, "quantized activations", "Drop calibration_data: it has no use here."
+        )
+    for option in ("fold_batch_norm", "bias_correction"):
+        if getattr(recipe, option) and not is_graph(model):
+            expected = f"{option}=False for a subclassed model"
+            raise bad_value("recipe", recipe, expected, "It has no graph.")
+    if recipe.bias_correction and (data is None or isinstance(data, Iterator)):
+        raise bad_value(
+            "calibration_data",
+            data,
+            "data that can be read twice, for bias_correction",
+            "Pass an array, a dataset or a list of batches.",
+        )
 
 
 def _finds_ranges(recipe: Recipe) -> bool:

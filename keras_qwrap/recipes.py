@@ -84,6 +84,9 @@ class Recipe(Declared):
         rules: exceptions, in order.
         fold_batch_norm: fold batch normalization into the layer before it, in float, before
             anything is quantized.
+        bias_correction: shift biases by what quantized weights do to the mean of each layer's
+            output; `quantize_model` then needs calibration data. `correction.correct_biases` has
+            the formula.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or nothing would be quantized.
@@ -103,6 +106,7 @@ class Recipe(Declared):
     activations: ActivationSpec | Literal["float"] = field(default=ActivationSpec())
     rules: Sequence[Rule] = ()
     fold_batch_norm: bool = False
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         for name, cls in SPECS.items():
@@ -113,8 +117,8 @@ class Recipe(Declared):
                 "rules", rules, "a list of Rule objects", "Pass for example [Rule(...)]."
             )
         object.__setattr__(self, "rules", tuple(rules))
-        flag = check_bool("fold_batch_norm", self.fold_batch_norm)
-        object.__setattr__(self, "fold_batch_norm", flag)
+        for name in ("fold_batch_norm", "bias_correction"):
+            object.__setattr__(self, name, check_bool(name, getattr(self, name)))
         if not any(d.weights or d.activations for d in map(self._decide, (None, *rules))):
             fix = "Give a WeightsSpec or an ActivationSpec, here or in a rule."
             raise bad_value("recipe", self, "something to quantize", fix)

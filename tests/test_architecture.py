@@ -44,6 +44,7 @@ READING_ORDER = [
     "range_search",
     "streams",
     "calibration",
+    "correction",
     "folding",
     "quantize",
     "callbacks",

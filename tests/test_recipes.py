@@ -84,6 +84,7 @@ def test_defaults_are_w8a8():
         "activations": {"num_bits": 8, "method": "uniform", "range": "mse"},
         "rules": [],
         "fold_batch_norm": False,
+        "bias_correction": False,
     }
 
 
@@ -102,8 +103,8 @@ def test_what_is_no_preset_has_none(recipe):
 
 def test_a_preset_takes_further_arguments():
     rules = [Rule.leave_in_float(name="conv1")]
-    recipe = Recipe.from_preset("w4", rules=rules, fold_batch_norm=True)
-    assert recipe == Recipe(WeightsSpec(4), "float", rules, True)
+    recipe = Recipe.from_preset("w4", rules=rules, fold_batch_norm=True, bias_correction=True)
+    assert recipe == Recipe(WeightsSpec(4), "float", rules, True, True)
 
 
 BAD_PRESETS = [
@@ -188,7 +189,7 @@ OTHER_VALUES = [
     (WeightsSpec, {"num_bits": 3, "method": "power_of_two", "per_channel": False, "range": "mse"}),
     (ActivationSpec, {"num_bits": 3, "method": "symmetric", "range": "entropy"}),
     (Recipe, {"weights": W4, "activations": A4, "rules": (Rule(name="a"),)}),
-    (Recipe, {"fold_batch_norm": True}),
+    (Recipe, {"fold_batch_norm": True, "bias_correction": True}),
 ]
 
 
@@ -234,6 +235,7 @@ BAD_RECIPES = [
     (lambda: Recipe(rules=Rule(name="a")), TypeError, ["rules", "Rule(name='a')", "a list of"]),
     (lambda: Recipe(rules=[{"name": "a"}]), TypeError, ["rules", "{'name': 'a'}", "a list of"]),
     (lambda: Recipe(fold_batch_norm=1), TypeError, ["fold_batch_norm", "True or False"]),
+    (lambda: Recipe(bias_correction="yes"), TypeError, ["bias_correction", "True or False"]),
     (lambda: Recipe("float", "float"), ValueError, ["something to quantize", "WeightsSpec"]),
     (
         lambda: Recipe("float", "float", [Rule.leave_in_float(name="a"), Rule(name="b")]),
