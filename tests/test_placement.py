@@ -161,6 +161,8 @@ NEEDS_ONE = re.compile(".*Dropout.*|Random(Brightness|Color|Contrast|Hue|Rot|Sat
 RANDOM = {name for name in dir(layers) if name.startswith("Random")}
 
 
+# Keras asks JAX for 64-bit numbers in MixUp.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype:UserWarning")
 @pytest.mark.parametrize("name", sorted((IDENTITIES | RANDOM) - {"InputLayer"}))
 def test_identities_leave_their_input_as_it_is_in_inference(name, random):
     """Every layer of Keras that only augments is one of them."""
