@@ -104,7 +104,12 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+SLOW = ("w8a8", "a layer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in RECIPES]
+)
 def test_a_recipe_is_told_of_the_quantized_the_converted_and_the_reloaded_model(name, tmp_path):
     recipe, outputs, weights = RECIPES[name]
     data = None if recipe == "w8" else rows(6, 6, 2)
@@ -306,7 +311,7 @@ class Largest(layers.Layer):
         return ops.argmax(x, -1)
 
 
-@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("position", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_a_subclassed_model(position, tmp_path):
     """It has no graph: it says so, and judges each inner layer alone."""
     model = Net(name="net")
