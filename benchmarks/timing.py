@@ -1,21 +1,21 @@
 """Interleaved timing of compiled functions; the same code times Keras 3 and Keras 2."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 SECONDS_A_BLOCK = 0.03
-SECONDS_AN_INSTANCE = 5.0
-FEWEST_BLOCKS = 4
+SECONDS_AN_INSTANCE = 4.0
+FEWEST_BLOCKS = 3
 
 Run = Callable[[], Any]
 
 
 def compare(
-    makers: dict[str, Callable[[], Run]], instances: int, blocks: int
+    makers: Mapping[str, Callable[[], Run]], instances: int, blocks: int
 ) -> dict[str, dict[str, float]]:
     """Median milliseconds of each side, and the median of its ratio to the first one's.
 
@@ -28,12 +28,13 @@ def compare(
     order = np.random.default_rng(0)
     for _ in range(instances):
         runs = {name: make() for name, make in makers.items()}
-        for run in runs.values():
+        seconds = {}
+        for name, run in runs.items():
             for _ in range(3):
+                start = time.perf_counter()
                 run()
-        start = time.perf_counter()
-        runs[names[0]]()
-        repeats = max(1, int(SECONDS_A_BLOCK / (time.perf_counter() - start)))
+                seconds[name] = time.perf_counter() - start
+        repeats = max(1, int(SECONDS_A_BLOCK / seconds[names[0]]))
         end = time.perf_counter() + SECONDS_AN_INSTANCE
         for done in range(blocks):
             if done >= FEWEST_BLOCKS and time.perf_counter() > end:

@@ -95,8 +95,8 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--select", help="only ratios whose title contains this text")
-    parser.add_argument("--instances", type=int, default=3, help="freshly built pairs")
-    parser.add_argument("--blocks", type=int, default=20, help="timed blocks for each pair")
+    parser.add_argument("--instances", type=int, default=2, help="freshly built pairs")
+    parser.add_argument("--blocks", type=int, default=30, help="timed blocks for each pair")
     arguments = parser.parse_args()
     selected, counts = arguments.select, (arguments.instances, arguments.blocks)
     if selected is not None:
