@@ -87,7 +87,8 @@ def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
     found: dict[int, list[OutputRange]] = {}
     for node in nodes:
         operation = node.operation
-        skipped = is_graph(operation) or carries_grid(operation) or not _is_float(node)
+        carried = carries_grid(operation) and _are_float(node.inputs)
+        skipped = is_graph(operation) or carried or not _are_float(node.outputs)
         if not skipped and id(operation) not in fused:
             found[id(operation)] = [output_range(operation)] * len(node.outputs)
     return found
@@ -126,12 +127,12 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
 
 
 def carries_grid(operation: Any) -> bool:
-    """Whether the outputs lie on the grid of the input, as those of pooling or reshaping do."""
+    """Whether outputs lie on the grid of a float input, as those of pooling or reshaping do."""
     return kind(operation) in CARRIERS or is_identity(operation)
 
 
-def _is_float(node: GraphNode) -> bool:
-    return all("float" in keras.backend.standardize_dtype(t.dtype) for t in node.outputs)
+def _are_float(tensors: list[keras.KerasTensor]) -> bool:
+    return all("float" in keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors)
 
 
 def _fuses(operation: Any, reader: Any) -> bool:

@@ -139,6 +139,14 @@ def test_several_outputs_integers_and_nested_models():
     assert list(placed(inner).values()) == [DATA]
 
 
+def test_what_carries_a_grid_is_quantized_where_its_input_is_no_float():
+    inputs = keras.Input((8, 8, 3), dtype="uint8", name="input")
+    flipped = layers.RandomFlip(name="flip")(inputs)
+    model = keras.Model(inputs, conv()(layers.MaxPooling2D(name="pool")(flipped)))
+    assert flipped.dtype == "float32"
+    assert placed(model) == {"flip": DATA, "conv": DATA}
+
+
 def test_a_subclass_counts_as_the_layer_it_is_derived_from():
     class OwnConv(layers.Conv2D):
         pass
