@@ -19,7 +19,7 @@ def is_graph(model: Any) -> bool:
 def check_built(model: Any) -> None:
     """Refuse what is no built model."""
     if not isinstance(model, keras.Model):
-        raise bad_type("model", model, "a keras.Model", "Wrap the layer in a model first.")
+        raise bad_type("model", model, "a Keras model", "Wrap the layer in a model first.")
     if not model.built:
         raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
 

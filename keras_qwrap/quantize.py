@@ -9,9 +9,9 @@ import keras
 import numpy as np
 
 from keras_qwrap.calibration import calibrate_each
-from keras_qwrap.copying import Copier, is_graph
+from keras_qwrap.copying import Copier, check_built, check_float, is_graph
 from keras_qwrap.correction import correct_biases
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_value
 from keras_qwrap.folding import fold_batch_norm
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
@@ -19,7 +19,6 @@ from keras_qwrap.placement import OutputRange, carries_grid, output_range, outpu
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizerActivationConfig
 from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
-from keras_qwrap.quantizing_layer import QuantizingLayer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
 from keras_qwrap.specs import (
@@ -29,7 +28,7 @@ from keras_qwrap.specs import (
     weights_quantizer,
 )
 from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
+from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer
 from keras_qwrap.tensors import to_numpy
 from keras_qwrap.weight_paths import check_supported, default_weights, find_weight
 from keras_qwrap.wrapper import KerasQuantizationWrapper
@@ -85,7 +84,8 @@ def quantize_model(
     ```
     """
     recipe = as_recipe(recipe)
-    _check_model(model)
+    check_built(model)
+    check_float(model)
     if example is not None and is_graph(model):
         raise bad_value("example", example, "None", "Only a subclassed model needs an example.")
     _check_options(model, recipe, calibration_data)
@@ -128,21 +128,6 @@ def _check_options(model: keras.Model, recipe: Recipe, data: Any) -> None:
 def _finds_ranges(recipe: Recipe) -> bool:
     specs = [recipe.activations, *(rule.activations for rule in recipe.rules)]
     return any(isinstance(spec, ActivationSpec) for spec in specs)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise bad_type("model", model, "a Keras model", "Wrap a layer by KerasQuantizationWrapper.")
-    if not model.built:
-        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
-    inside = [layer.name for layer in sublayers(model) if isinstance(layer, QuantizingLayer)]
-    if inside:
-        raise bad_value(
-            "model",
-            f"'{model.name}' with quantized layers {inside[:8]}",
-            "a float model",
-            "Quantize the float model, or unwrap this one by `unwrap_model` first.",
-        )
 
 
 def unwrapped(operation: Any) -> Any:
@@ -197,7 +182,7 @@ def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision],
         and not isinstance(operation, KerasActivationQuantizationHolder)
     }
     decisions = dict(zip(layers, recipe.plan(list(layers.values())), strict=True))
-    return dict.fromkeys(found, recipe._decide(None)) | decisions, list(graphs.values())
+    return dict.fromkeys(found, recipe.decide(None)) | decisions, list(graphs.values())
 
 
 Units = dict[str, tuple[keras.Layer, list[keras.KerasTensor]]]

@@ -119,7 +119,7 @@ class Recipe(Declared):
         object.__setattr__(self, "rules", tuple(rules))
         for name in ("fold_batch_norm", "bias_correction"):
             object.__setattr__(self, name, check_bool(name, getattr(self, name)))
-        if not any(d.weights or d.activations for d in map(self._decide, (None, *rules))):
+        if not any(d.weights or d.activations for d in map(self.decide, (None, *rules))):
             fix = "Give a WeightsSpec or an ActivationSpec, here or in a rule."
             raise bad_value("recipe", self, "something to quantize", fix)
 
@@ -192,12 +192,12 @@ class Recipe(Declared):
             elif all(index in deciding for index in chosen):
                 self._check_effect(rule, [deciding[index] for index in chosen])
             deciding = dict.fromkeys(chosen, rule) | deciding
-        return [self._decide(deciding.get(index)) for index in range(len(layers))]
+        return [self.decide(deciding.get(index)) for index in range(len(layers))]
 
     def _check_effect(self, rule: Rule, earlier: list[Rule]) -> None:
         """Warn of a rule that never decides, unless the earlier rules decide the same."""
-        own = self._decide(rule)
-        if any(not _same(self._decide(other), own) for other in earlier):
+        own = self.decide(rule)
+        if any(not _same(self.decide(other), own) for other in earlier):
             others = ", ".join(dict.fromkeys(map(str, earlier)))
             warnings.warn(
                 f"{rule} has no effect: earlier rules decide about every layer that it matches: "
@@ -205,7 +205,8 @@ class Recipe(Declared):
                 stacklevel=3,
             )
 
-    def _decide(self, rule: Rule | None) -> Decision:
+    def decide(self, rule: Rule | None) -> Decision:
+        """What is done with a layer that a rule decides about; None: with all the others."""
         source = f"recipe {self.preset!r}" if self.preset else "recipe"
         specs: dict[str, Any] = {}
         kept: dict[str, list[str]] = {}

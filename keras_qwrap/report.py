@@ -8,8 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_qwrap.copying import is_graph
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.copying import check_built, is_graph
 from keras_qwrap.recipes import Recipe, as_recipe
 from keras_qwrap.report_rows import FloatWeight, LayerReport
 from keras_qwrap.report_walk import rows_of
@@ -172,10 +171,7 @@ def quantization_report(
     print(report)
     ```
     """
-    if not isinstance(model, keras.Model):
-        raise bad_type("model", model, "a Keras model", "Put the layer into a keras.Sequential.")
-    if not model.built:
-        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+    check_built(model)
     given = None if recipe is None else as_recipe(recipe)
     return QuantizationReport(model.name, rows_of(model, given), _notes(model))
 

@@ -86,7 +86,7 @@ class _Walk:
 
     def _units(self, model: QuantizedModel, path: str) -> list[LayerReport]:
         """Rows of the inner layers whose outputs have no quantizer."""
-        units = units_in(model.model, model._example())
+        units = units_in(model.model, model.inner_example())
         inner = {id(layer): layer for layer, _ in units.values()}
         if self._recipe is not None and not path:
             plan = self._recipe.plan(list(inner.values()))

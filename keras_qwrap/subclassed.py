@@ -174,7 +174,7 @@ class QuantizedModel(keras.Model):
         if self._taps is None:
             self._taps = Taps(find_layers(self.model, list(holders)))
         if construction.output_shapes is None and holders:
-            outputs = self._taps.outputs(self.model, self._example())
+            outputs = self._taps.outputs(self.model, self.inner_example())
             construction.output_shapes = [
                 shape for path in holders for shape in self._output_shapes(path, outputs)
             ]
@@ -250,7 +250,7 @@ class QuantizedModel(keras.Model):
             {path: inferable_twin(quantizers[path]) for path in weights},
             {path: [_final(q) for q in qs] for path, qs in self.activation_quantizers.items()},
             converted=True,
-            example=self._example(),
+            example=self.inner_example(),
             name=self.name,
             trainable=False,
         )
@@ -268,13 +268,13 @@ class QuantizedModel(keras.Model):
             ValueError: the model is not built.
         """
         weights = self._built_weights("unwrap")
-        new, _ = copy_built(self.model, self._example())
+        new, _ = copy_built(self.model, self.inner_example())
         _assign(new, weights)
         if self.converted:
             new.trainable = True
         return new
 
-    def _example(self) -> tuple[tuple, dict]:
+    def inner_example(self) -> tuple[tuple, dict]:
         """Symbolic arguments of the copy's own call."""
         return self.wrapper.for_layer(*(self._construction.example or ((), {})))
 
