@@ -157,7 +157,8 @@ Weights: """
 
 def test_long_lists_are_wrapped():
     parts = [layers.ReLU(name=f"{'relu' * 6}-{i}") for i in range(9)]
-    lines = str(quantization_report(keras.Sequential([keras.Input((2,)), *parts]))).splitlines()
+    model = keras.Sequential([keras.Input((2,), name="input"), *parts])
+    lines = str(quantization_report(model)).splitlines()
     listed = [line for line in lines if line.startswith("    ")]
     assert [len(line) <= 100 for line in listed] == [True] * 3
     assert " ".join(", ".join(p.name for p in parts).split()) in " ".join(" ".join(listed).split())
