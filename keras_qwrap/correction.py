@@ -88,7 +88,7 @@ def correct_biases(
             "a model with wrapped Dense, EinsumDense or convolution layers that have a bias",
             "Do without bias correction.",
         )
-    found = {path: _Mean() for path in offsets}
+    found: dict[str, _Mean] = {}
     for inputs in batches(model, data, batch_size, steps):
         means: dict[str, list[Tensor]] = {path: [] for path in offsets}
 
@@ -102,13 +102,13 @@ def correct_biases(
 
         def shift(path: str, outputs: Tensor, means: dict = means, rows: int = rows) -> Tensor:
             difference = means[path].pop(0) - offsets[path].mean(outputs)
-            found[path].add(to_numpy(difference), rows)
+            found.setdefault(path, _Mean()).add(to_numpy(difference), rows)
             return outputs + ops.cast(difference, outputs.dtype)
 
         with _before_activation({path: offset.layer for path, offset in offsets.items()}, shift):
             model(inputs, training=False)
-    for path, offset in offsets.items():
-        offset.move(found[path].value)
+    for path, mean in found.items():
+        offsets[path].move(mean.value)
 
 
 @dataclass
@@ -167,7 +167,7 @@ def _offsets(model: keras.Model) -> dict[str, _Offset]:
     for path, layer in _layers(model):
         if kind(layer) not in LINEAR or isinstance(layer.activation, keras.Layer):
             continue
-        if layer.bias is not None:
+        if getattr(layer, "bias", None) is not None:
             first = getattr(layer, "data_format", None) == "channels_first"
             found[path] = _Offset(layer, layer.bias, axis=1 if first else None)
         elif id(layer) in norms:

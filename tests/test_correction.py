@@ -8,11 +8,9 @@ from keras import layers
 import keras_qwrap as qi
 from keras_qwrap.correction import correct_biases
 
-RANDOM = np.random.default_rng(7)
-
 
 def normal(*shape):
-    return RANDOM.normal(size=shape).astype(np.float32)
+    return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
 
 
 def numpy_of(value):
@@ -177,24 +175,24 @@ def test_a_normalization_that_others_feed_too_is_left_alone():
     parts = [norm(layers.Dense(3, use_bias=False)(tensor)) for tensor in (first, second)]
     model = randomize(keras.Model([first, second], layers.Dense(2, name="head")(sum(parts))))
     quantized = qi.quantize_model(model, "w3")
-    correct_biases(quantized, model, [np.abs(normal(8, 4)), np.abs(normal(8, 4))])
+    correct_biases(quantized, model, [np.abs(normal(8, 4)), 2 * np.abs(normal(8, 4))])
     old, new = model.get_layer("norm"), quantized.get_layer("norm")
     assert np.array_equal(numpy_of(old.moving_mean), numpy_of(new.moving_mean))
 
 
 def siamese():
-    """A nested encoder on two inputs, in which a layer is called twice as well."""
+    """A nested encoder on two inputs, whose layer is called outside as well."""
     inputs = keras.Input((4,))
     shared = layers.Dense(4, activation="relu", name="shared")
-    encoder = keras.Model(inputs, shared(shared(inputs)), name="encoder")
+    encoder = keras.Model(inputs, shared(inputs), name="encoder")
     first, second = keras.Input((4,)), keras.Input((4,))
-    difference = layers.Subtract()([encoder(first), encoder(second)])
+    difference = layers.Subtract()([shared(encoder(first)), shared(encoder(second))])
     return randomize(keras.Model([first, second], layers.Dense(2, name="head")(difference)))
 
 
 def test_a_shared_layer_moves_by_the_mean_over_its_calls():
     model = siamese()
-    x = [np.abs(normal(8, 4)), np.abs(normal(8, 4))]
+    x = [np.abs(normal(8, 4)), 2 * np.abs(normal(8, 4))]
     quantized = qi.quantize_model(model, "w3")
     correct_biases(quantized, model, x, batch_size=8)
     old = model.get_layer("encoder").get_layer("shared")
@@ -234,6 +232,30 @@ def test_recurrent_layers_and_activation_layers_are_left_as_they_are():
         old, new = model.get_layer(name), quantized.get_layer(name).layer
         bias = [numpy_of(getattr(layer, "cell", layer).bias) for layer in (old, new)]
         assert np.array_equal(*bias) != changed
+
+
+class HalfUsed(keras.Layer):
+    """Calls one of two layers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.used, self.idle = layers.Dense(2), layers.Dense(2)
+
+    def build(self, shape):
+        self.used.build(shape)
+        self.idle.build(shape)
+
+    def call(self, inputs):
+        return self.used(inputs)
+
+
+def test_a_layer_that_is_never_called_is_left_as_it_is():
+    model = sequential((4,), HalfUsed(name="half"))
+    quantized = qi.quantize_model(model, "w3")
+    correct_biases(quantized, model, np.abs(normal(8, 4)))
+    old, new = model.get_layer("half"), quantized.get_layer("half").layer
+    assert np.array_equal(numpy_of(old.idle.bias), numpy_of(new.idle.bias))
+    assert not np.array_equal(numpy_of(old.used.bias), numpy_of(new.used.bias))
 
 
 def test_a_mixed_precision_layer_keeps_its_means_to_half_precision():
