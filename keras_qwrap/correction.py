@@ -163,8 +163,11 @@ def _inside(operation: Any) -> Any:
 def _offsets(model: keras.Model) -> dict[str, _Offset]:
     """By a path that is the same in float and quantized, the offset of every layer that has one."""
     norms = _normalizations(model)
+    rows = sorted(_layers(model), key=lambda row: row[0], reverse=True)
+    # Of several paths of a shared layer the first by name stays: the order of layers may differ.
+    layers = {id(layer): (path, layer) for path, layer in rows}
     found = {}
-    for path, layer in _layers(model):
+    for path, layer in layers.values():
         if kind(layer) not in LINEAR or isinstance(layer.activation, keras.Layer):
             continue
         if getattr(layer, "bias", None) is not None:
@@ -177,18 +180,14 @@ def _offsets(model: keras.Model) -> dict[str, _Offset]:
 
 
 def _layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.Layer]]:
-    """The layers in a model, inner ones too, each with one of its paths."""
-    seen: set[int] = set()
+    """The layers in a model, inner ones too, by all their paths."""
     for layer in model.layers:
         path = f"{prefix}{layer.name}/"
         if is_graph(layer):
-            inside = _layers(layer, path)
+            yield from _layers(layer, path)
         else:
-            inside = ((f"{path}{i}", each) for i, each in enumerate(sublayers(_inside(layer))))
-        for deeper, each in inside:
-            if id(each) not in seen:
-                seen.add(id(each))
-                yield deeper, each
+            for i, inner in enumerate(sublayers(_inside(layer))):
+                yield f"{path}{i}", inner
 
 
 def _normalizations(model: keras.Model) -> dict[int, keras.Layer]:

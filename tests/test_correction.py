@@ -288,10 +288,12 @@ def test_the_models_are_as_before_apart_from_the_biases():
 def test_the_recipe_option_corrects_before_it_calibrates():
     model, data = two_layers()
     recipe = qi.Recipe.from_preset("w4a8", bias_correction=True)
-    found = qi.quantize_model(model, recipe, data, batch_size=4, verbose=0)
+    found = qi.quantize_model(model, recipe, data, batch_size=1, steps=6, verbose=0)
     by_hand = qi.quantize_model(model, "w4a8")
-    correct_biases(by_hand, model, data, 4)
-    qi.calibrate(by_hand, data, batch_size=4, verbose=0)
+    correct_biases(by_hand, model, data, 1, 6)
+    qi.calibrate(by_hand, data, batch_size=1, steps=6, verbose=0)
+    for one, other in zip(biases(found), biases(by_hand), strict=True):
+        assert np.array_equal(one, other)
     assert np.array_equal(outputs_of(found, data), outputs_of(by_hand, data))
     plain = qi.quantize_model(model, "w4a8", data, verbose=0)
     assert not np.array_equal(outputs_of(found, data), outputs_of(plain, data))
