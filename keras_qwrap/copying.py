@@ -8,12 +8,20 @@ from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.quantizing_layer import QuantizingLayer
 from keras_qwrap.substitution import new_input, sublayers
 from keras_qwrap.weight_paths import copy_variables
+from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
 def is_graph(model: Any) -> bool:
     """Whether this is a Functional or Sequential model."""
     functional = isinstance(model, keras.Model) and hasattr(model, "operations")
     return functional or isinstance(model, keras.Sequential)
+
+
+def unwrapped(operation: Any) -> Any:
+    """The layer inside all wrappers."""
+    while isinstance(operation, KerasQuantizationWrapper):
+        operation = operation.layer
+    return operation
 
 
 def check_built(model: Any) -> None:

@@ -6,19 +6,24 @@ The rules, for each operation of a Functional or Sequential graph:
   normalization's or sum's output that only an activation function reads, is not quantized: the
   pair runs as one integer kernel, also with layers between the two that leave their input as it
   is in inference (dropout, ...).
+- So do a concatenation and the batch normalization that alone reads it, and whatever max pooling
+  alone reads, with the pooling: the largest code is the code of the largest value.
 - Operations that move values or choose among them (pooling, reshape, padding, cropping, ...) carry
   the grid of their input; those that average or interpolate carry its scale, as integer kernels do.
 - Softmax and sigmoid lie in `[0, 1)`, tanh in `[-1, 1)`: their grids are known.
 - Everything else is quantized onto a grid that is found from data. Integer tensors are not.
+- A model's input is left as it is where something needs its exact values (token ids, the value that
+  stands for a masked step), and where only normalization reads it, which is made for inputs of
+  unlike sizes; so is what `Masking` reads.
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
-from keras_qwrap.copying import is_graph
+from keras_qwrap.copying import is_graph, unwrapped
 from keras_qwrap.inner_layers import is_identity, kind
 from keras_qwrap.substitution import GraphNode, graph_nodes
 
@@ -39,10 +44,21 @@ _OF_EACH_RANK = {"AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling
 }
 CARRIERS = frozenset(
     {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in _OF_EACH_RANK}
-    | {"CenterCrop", "Flatten", "Masking", "Permute", "RepeatVector"}
+    | {"CenterCrop", "Flatten", "Permute", "RepeatVector"}
     | {"AveragePool", "BroadcastTo", "Copy", "Diagonal", "ExpandDims", "Flip", "GetItem", "Max"}
     | {"MaxPool", "Moveaxis", "Pad", "Ravel", "Repeat", "Reshape", "Roll", "Slice", "Split"}
     | {"Squeeze", "StopGradient", "Swapaxes", "Take", "Tile", "Transpose", "Unstack"}
+)
+_LOOKUPS = frozenset(
+    {"CategoryEncoding", "Discretization", "Embedding", "HashedCrossing", "Hashing"}
+    | {"IntegerLookup", "Masking", "OneHot", "ReversibleEmbedding", "StringLookup"}
+)
+"""What needs the exact values of its input."""
+
+_NORMALIZATIONS = frozenset({"BatchNormalization", "Normalization"})
+_MAX_POOLING = frozenset(
+    {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in ("GlobalMaxPooling", "MaxPooling")}
+    | {"MaxPool"}
 )
 _UNIT = frozenset({"softmax", "sigmoid", "hardsigmoid"})
 _SIGNED_UNIT = frozenset({"tanh", "hardtanh"})
@@ -84,10 +100,13 @@ def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
     """
     nodes = graph_nodes(model)
     fused = fusions(nodes, model.outputs)
+    behind = {id(reader) for readers in fused.values() for reader in readers}
     found: dict[int, list[OutputRange]] = {}
     for node in nodes:
         operation = node.operation
-        carried = carries_grid(operation) and _are_float(node.inputs)
+        carried = (
+            carries_grid(operation) and _are_float(node.inputs) and id(operation) not in behind
+        )
         skipped = is_graph(operation) or carried or not _are_float(node.outputs)
         if not skipped and id(operation) not in fused:
             found[id(operation)] = [output_range(operation)] * len(node.outputs)
@@ -126,6 +145,34 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
     return {key: behind for key, behind in into.items() if key not in apart}
 
 
+def exact_inputs(model: keras.Model) -> dict[int, list[Any]]:
+    """The inputs of a graph that are left as they are, by `id`: the operations that need it."""
+    found = {}
+    for tensor in model.inputs:
+        readers = list(_readers(tensor, model))
+        exact = [reader for reader, floats in readers if kind(reader) in _LOOKUPS or not floats]
+        if readers and all(kind(reader) in _NORMALIZATIONS for reader, _ in readers):
+            exact = [reader for reader, _ in readers]
+        if exact:
+            found[id(tensor)] = [op for op in exact if isinstance(op, keras.Layer)] or exact
+    return found
+
+
+def _readers(tensor: keras.KerasTensor, model: keras.Model) -> Iterator[tuple[Any, bool]]:
+    """What reads a tensor, behind what only moves its values; and whether it makes any floats."""
+    for node in graph_nodes(model):
+        operation = unwrapped(node.operation)
+        places = [place for place, each in enumerate(node.inputs) if each is tensor]
+        if is_graph(operation):
+            for place in places:
+                yield from _readers(operation.inputs[place], operation)
+        elif places and carries_grid(operation) and _are_float(node.outputs):
+            for output in node.outputs:
+                yield from _readers(output, model)
+        elif places:
+            yield operation, any(_are_float([output]) for output in node.outputs)
+
+
 def carries_grid(operation: Any) -> bool:
     """Whether outputs lie on the grid of a float input, as those of pooling or reshaping do."""
     return kind(operation) in CARRIERS or is_identity(operation)
@@ -139,7 +186,12 @@ def _fuses(operation: Any, reader: Any) -> bool:
     """Whether the one reader of an output, if there is one, runs in the same integer kernel."""
     linear = kind(operation) in LINEAR and _activation_name(operation) in ("", "linear")
     if kind(reader) == "BatchNormalization":
-        return linear
+        return linear or kind(operation) in {"Concatenate", "Masking"}
+    if kind(reader) in _MAX_POOLING:
+        moved = is_graph(operation) or carries_grid(operation)
+        return not moved and output_range(operation) is OutputRange.DATA
+    if kind(reader) == "Masking":
+        return not is_graph(operation)
     absorbing = linear or kind(operation) in SUMS | {"BatchNormalization"}
     return absorbing and kind(reader) in ACTIVATIONS
 

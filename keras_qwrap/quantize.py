@@ -9,13 +9,19 @@ import keras
 import numpy as np
 
 from keras_qwrap.calibration import calibrate_each
-from keras_qwrap.copying import Copier, check_built, check_float, is_graph
+from keras_qwrap.copying import Copier, check_built, check_float, is_graph, unwrapped
 from keras_qwrap.correction import correct_biases
 from keras_qwrap.errors import bad_value
 from keras_qwrap.folding import fold_batch_norm
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
-from keras_qwrap.placement import OutputRange, carries_grid, output_range, output_ranges
+from keras_qwrap.placement import (
+    OutputRange,
+    carries_grid,
+    exact_inputs,
+    output_range,
+    output_ranges,
+)
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizerActivationConfig
 from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
@@ -130,13 +136,6 @@ def _finds_ranges(recipe: Recipe) -> bool:
     return any(isinstance(spec, ActivationSpec) for spec in specs)
 
 
-def unwrapped(operation: Any) -> Any:
-    """The layer inside all wrappers."""
-    while isinstance(operation, KerasQuantizationWrapper):
-        operation = operation.layer
-    return operation
-
-
 def ordered_nodes(model: keras.Model) -> list[GraphNode]:
     """The nodes of a graph in an order of execution that holders between them do not change.
 
@@ -210,6 +209,14 @@ def _weight_quantizer(
     return weights_quantizer(spec, kept, weight.ndim, params)
 
 
+def _gathers(layer: keras.Layer, decision: Decision) -> bool:
+    """Whether outputs are entries of a weight, on a grid that is fine enough for them."""
+    if type(layer) is not keras.layers.Embedding or not decision.weights:
+        return False
+    coarse = decision.activations and decision.activations.num_bits < decision.weights.num_bits
+    return not coarse and list(default_weights(layer).values()) == [None]
+
+
 def _output_quantizer(spec: ActivationSpec, output: OutputRange) -> BaseKerasTrainableQuantizer:
     if output is OutputRange.DATA:
         return activation_quantizer(spec)
@@ -241,12 +248,13 @@ class _GraphQuantizer(Copier):
         self._decisions, graphs = plan_graph(model, recipe)
         for graph in graphs:
             self._outputs |= output_ranges(graph)
+        self._exact = exact_inputs(model)
         self._held: dict[int, keras.KerasTensor] = {}
 
     def new_layer(self, layer: keras.Layer) -> keras.Layer:
         decision = self._decisions[id(layer)]
         copy = self.plain_copy(layer)
-        outputs = self._outputs.get(id(layer), [])
+        outputs = [] if _gathers(layer, decision) else self._outputs.get(id(layer), [])
         weights = {}
         if decision.weights:
             weights = {
@@ -296,7 +304,10 @@ class _GraphQuantizer(Copier):
         return [self._holder(model.inputs[0].name, spec), *layers] if spec else layers
 
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
-        if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+        if (
+            "float" not in keras.backend.standardize_dtype(tensor.dtype)
+            or id(tensor) in self._exact
+        ):
             return None
         return self._decisions[id(input_layer(tensor))].activations
 
@@ -332,7 +343,8 @@ def _quantize_subclassed(
     for path, (layer, outputs) in units.items():
         wanted = decisions[path].activations
         floats = all("float" in keras.backend.standardize_dtype(t.dtype) for t in outputs)
-        if wanted and outputs and floats and not carries_grid(layer):
+        apart = not (carries_grid(layer) or _gathers(layer, decisions[path]))
+        if wanted and outputs and floats and apart:
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
             methods |= {id(made): wanted.range for made in activations[path]}

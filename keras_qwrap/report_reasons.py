@@ -6,10 +6,9 @@ from typing import Any
 
 import keras
 
-from keras_qwrap.copying import is_graph
+from keras_qwrap.copying import is_graph, unwrapped
 from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.placement import carries_grid, fusions
-from keras_qwrap.quantize import unwrapped
+from keras_qwrap.placement import carries_grid, exact_inputs, fusions
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Decision
@@ -96,6 +95,7 @@ def outputs_in_graph(
         (held if is_holder else bare).update(id(tensor) for tensor in node.inputs)
     if inputs:
         nodes = [GraphNode(input_layer(tensor), [], [tensor]) for tensor in graph.inputs] + nodes
+    exact = exact_inputs(graph)
     found: dict[int, UnquantizedOutputs] = {}
     for node in nodes:
         operation = node.operation
@@ -103,8 +103,12 @@ def outputs_in_graph(
         models = is_graph(operation) or isinstance(operation, QuantizedModel)
         if not (behind or models or has_output_quantizers(operation)):
             inner = unwrapped(operation)
-            into = tuple(dict.fromkeys(reader.name for reader in fused.get(id(inner), [])))
-            found[id(operation)] = why_unquantized(inner, node.outputs, into, decisions)
+            if inner is not operation and operation.is_weights_quantization:
+                placed = on_grid_of_weights(inner)
+            else:
+                placed = _read_exactly(exact.get(id(node.outputs[0]), []))
+            placed = _fused(fused.get(id(inner), [])) or placed
+            found[id(operation)] = why_unquantized(inner, node.outputs, placed, decisions)
     return found
 
 
@@ -116,25 +120,50 @@ def has_output_quantizers(operation: Any) -> bool:
     )
 
 
+def _fused(readers: list[Any]) -> UnquantizedOutputs | None:
+    names = tuple(dict.fromkeys(reader.name for reader in readers))
+    return UnquantizedOutputs("fused", f"fused into {_quoted(names)}", names) if names else None
+
+
+def _read_exactly(readers: list[Any]) -> UnquantizedOutputs | None:
+    names = tuple(dict.fromkeys(reader.name for reader in readers))
+    return UnquantizedOutputs("float", f"exact values for {_quoted(names)}") if names else None
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
+
+
+def on_grid_of_weights(layer: keras.Layer) -> UnquantizedOutputs | None:
+    """What there is to say of a layer with quantized weights whose outputs are entries of them."""
+    if type(layer) is not keras.layers.Embedding:
+        return None
+    return UnquantizedOutputs("as its weights", "entries of its weights, on whose grid they lie")
+
+
 def why_unquantized(
     operation: Any,
     outputs: list[keras.KerasTensor],
-    fused_into: tuple[str, ...],
+    placed: UnquantizedOutputs | None,
     decisions: Decisions,
 ) -> UnquantizedOutputs:
-    """Why the outputs of a layer or function, without its wrapper, have no quantizer."""
+    """Why the outputs of a layer or function, without its wrapper, have no quantizer.
+
+    `placed` is what is known of them from what stands around it, if that is anything.
+    """
     dtypes = sorted({keras.backend.standardize_dtype(tensor.dtype) for tensor in outputs})
     floats = ["float" in dtype for dtype in dtypes]
     if not all(floats):
         state = "float" if any(floats) else "no float"
         return UnquantizedOutputs(state, f"its dtype is {' and '.join(dtypes)}")
-    placed = None
-    if fused_into:
-        readers = " and ".join(f"'{name}'" for name in fused_into)
-        placed = UnquantizedOutputs("fused", f"fused into {readers}", fused_into)
-    elif carries_grid(operation) and not isinstance(operation, keras.layers.InputLayer):
+    if (
+        not placed
+        and carries_grid(operation)
+        and not isinstance(operation, keras.layers.InputLayer)
+    ):
         placed = UnquantizedOutputs("as its input", "as its input, whose grid it carries")
-    elif refusal := _refusal(operation) if isinstance(operation, keras.Layer) else "":
+    refusal = "" if placed or not isinstance(operation, keras.Layer) else _refusal(operation)
+    if refusal:
         return UnquantizedOutputs("float", refusal)
     decision = decisions.get(id(operation))
     if decision and not decision.activations:

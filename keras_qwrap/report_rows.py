@@ -86,7 +86,8 @@ class UnquantizedOutputs:
     Attributes:
         state: "fused": it runs in one integer kernel with the layers that read it, and one
             quantizer stands behind all; "as its input": it carries the grid of its input, where
-            that has one; "no float": integers, for example; "float": what is left in float.
+            that has one; "as its weights": entries of quantized weights; "no float": integers,
+            for example; "float": what is left in float.
         fused_into: the names of the layers that read it, where `state` is "fused".
     """
 

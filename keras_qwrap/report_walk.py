@@ -15,6 +15,7 @@ from keras_qwrap.recipes import Recipe
 from keras_qwrap.report_reasons import (
     Decisions,
     WeightReasons,
+    on_grid_of_weights,
     outputs_in_graph,
     why_unquantized,
 )
@@ -91,13 +92,18 @@ class _Walk:
         if self._recipe is not None and not path:
             plan = self._recipe.plan(list(inner.values()))
             self._decisions = dict(zip(inner, plan, strict=True))
+
+        def placed(name: str, layer: keras.Layer) -> UnquantizedOutputs | None:
+            quantized = any(weight.startswith(f"{name}/") for weight in model.weights_quantizers)
+            return on_grid_of_weights(layer) if quantized else None
+
         return [
             LayerReport(
                 f"{path}/{name}" if path else name,
                 type(layer).__name__,
                 False,
                 False,
-                outputs=why_unquantized(layer, outputs, (), self._decisions),
+                outputs=why_unquantized(layer, outputs, placed(name, layer), self._decisions),
             )
             for name, (layer, outputs) in units.items()
             if outputs and name not in model.activation_quantizers

@@ -329,7 +329,7 @@ def test_refused(random):
     model, x = small_model(), floats(random, 10, 3)
     plain = keras.Sequential([keras.Input((3,)), dense("first")])
     refused(ValueError, lambda: calibrate(plain, x), "MovingAverageActivationQATQuantizer")
-    refused(TypeError, lambda: calibrate(holder("h"), x), "keras.Model")
+    refused(TypeError, lambda: calibrate(holder("h"), x), "a Keras model")
     unbuilt = keras.Sequential([holder("h")])
     refused(ValueError, lambda: calibrate(unbuilt, x), "built")
     refused(ValueError, lambda: calibrate(model, x, "max"), "entropy")

@@ -8,7 +8,14 @@ from keras import layers, ops
 from reference import same
 
 from keras_qwrap.inner_layers import IDENTITIES, is_identity
-from keras_qwrap.placement import ACTIVATIONS, CARRIERS, LINEAR, carries_grid, output_ranges
+from keras_qwrap.placement import (
+    ACTIVATIONS,
+    CARRIERS,
+    LINEAR,
+    carries_grid,
+    exact_inputs,
+    output_ranges,
+)
 
 
 def placed(model):
@@ -60,13 +67,23 @@ DATA, UNIT, SIGNED = ["data"], ["unit"], ["signed unit"]
         ((conv(activation="relu"), relu()), {"conv": DATA, "relu": DATA}),
         ((norm(), relu()), {"relu": DATA}),
         ((relu(), norm("after")), {"relu": DATA, "after": DATA}),
-        ((conv(), layers.MaxPooling2D(name="pool"), relu()), {"conv": DATA, "relu": DATA}),
+        ((conv(), layers.MaxPooling2D(name="pool"), relu()), {"pool": DATA, "relu": DATA}),
+        ((conv(), norm(), relu(), layers.GlobalMaxPooling2D(name="pool")), {"pool": DATA}),
+        ((conv(), layers.AveragePooling2D(2, name="pool"), relu()), {"conv": DATA, "relu": DATA}),
+        ((conv(activation="tanh"), layers.MaxPooling2D(name="pool")), {"conv": SIGNED}),
+        ((layers.MaxPooling2D(name="pool"), conv()), {"conv": DATA}),
+        (
+            (layers.MaxPooling2D(name="pool"), layers.MaxPooling2D(name="again"), conv()),
+            {"conv": DATA},
+        ),
         ((conv(), layers.Flatten(name="flat"), layers.Dropout(0.1, name="drop")), {"conv": DATA}),
         ((conv(), drop(), norm(), drop("drop_2"), relu()), {"relu": DATA}),
         ((conv(), drop()), {"conv": DATA}),
         ((conv(), linear(), drop(), relu()), {"relu": DATA}),
         ((conv(), linear()), {"conv": DATA}),
-        ((conv(), drop(), layers.MaxPooling2D(name="pool"), relu()), {"conv": DATA, "relu": DATA}),
+        ((conv(), drop(), layers.MaxPooling2D(name="pool"), relu()), {"pool": DATA, "relu": DATA}),
+        ((conv(), layers.Masking(name="mask"), relu()), {"mask": DATA, "relu": DATA}),
+        ((layers.Masking(name="mask"), norm(), relu()), {"relu": DATA}),
         ((conv(activation="softmax"),), {"conv": UNIT}),
         ((conv(), layers.Softmax(name="softmax")), {"softmax": UNIT}),
         ((conv(), layers.Activation("tanh", name="tanh")), {"tanh": SIGNED}),
@@ -145,6 +162,53 @@ def test_what_carries_a_grid_is_quantized_where_its_input_is_no_float():
     model = keras.Model(inputs, conv()(layers.MaxPooling2D(name="pool")(flipped)))
     assert flipped.dtype == "float32"
     assert placed(model) == {"flip": DATA, "conv": DATA}
+
+
+def exact(model):
+    """`{input name: names of what needs its exact values}`."""
+    found = exact_inputs(model)
+    return {t.name: [op.name for op in found[id(t)]] for t in model.inputs if id(t) in found}
+
+
+def test_branches_that_only_a_normalization_reads_together_keep_their_own_grids():
+    inputs = keras.Input((8, 8, 4))
+    both = layers.Concatenate(name="both")([conv("one")(inputs), conv("two")(inputs)])
+    model = keras.Model(inputs, norm()(both))
+    assert placed(model) == {"one": DATA, "two": DATA, "norm": DATA}
+    assert placed(keras.Model(inputs, relu()(both))) == {
+        **{"one": DATA, "two": DATA, "both": DATA, "relu": DATA}
+    }
+
+
+def test_inputs_that_are_names_or_masks_are_left_as_they_are():
+    ids = keras.Input((4,), name="ids")
+    flat = layers.Flatten(name="flat")(drop()(ids))
+    assert exact(keras.Model(ids, layers.Embedding(9, 2, name="table")(flat))) == {"ids": ["table"]}
+    number = ops.cast(ids, "int32")
+    outputs = [layers.Embedding(9, 2)(number), layers.Dense(2)(ids)]
+    assert list(exact(keras.Model(ids, outputs))) == ["ids"]
+    steps = keras.Input((4, 3), name="steps")
+    masked = layers.Dense(2)(layers.Masking(name="mask")(steps))
+    assert exact(keras.Model(steps, masked)) == {"steps": ["mask"]}
+
+
+def test_an_input_that_only_normalization_reads_is_left_as_it_is():
+    inputs = keras.Input((8, 8, 4), name="in")
+    found = exact(keras.Model(inputs, [norm("a")(inputs), norm("b")(inputs)]))
+    assert sorted(found["in"]) == ["a", "b"]
+    assert exact(keras.Model(inputs, [norm("a")(inputs), conv()(inputs)])) == {}
+    assert exact(keras.Model(inputs, conv()(inputs))) == {}
+    assert exact(keras.Model(inputs, inputs * 1.0)) == {}
+
+
+def test_inputs_are_followed_into_nested_models():
+    first, second = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    inner = keras.Model(
+        [first, second], [layers.Dense(2)(first), layers.Embedding(9, 2, name="table")(second)]
+    )
+    left, right = keras.Input((4,), name="left"), keras.Input((4,), name="right")
+    assert exact(keras.Model([left, right], inner([left, right]))) == {"right": ["table"]}
+    assert exact(keras.Model([left, right], inner([right, left]))) == {"left": ["table"]}
 
 
 def test_a_subclass_counts_as_the_layer_it_is_derived_from():

@@ -64,7 +64,7 @@ def network():
 PLACED = {
     "conv": fused("norm"),
     "norm": fused("relu"),
-    "pool": CARRIED,
+    "relu": fused("pool"),
     "sum": fused("after"),
     "flat": CARRIED,
     "largest": UnquantizedOutputs("no float", "its dtype is int32"),
@@ -142,9 +142,9 @@ def test_text():
     wanted = f"""\
 Outputs without a quantizer, because
   fused into what reads them
-    conv -> norm, norm -> relu, sum -> after
+    conv -> norm, norm -> relu, relu -> pool, sum -> after
   as its input, whose grid it carries
-    pool, flat
+    flat
   {HEAD} in float
     head
   its dtype is int32
@@ -153,6 +153,25 @@ Outputs without a quantizer, because
 Weights: """
     assert wanted in text
     assert "Activations: 0 quantized, 5 not calibrated, 1 in float\n" in text
+
+
+def test_what_is_read_exactly_and_what_is_gathered():
+    ids, steps = keras.Input((4,), name="ids"), keras.Input((4, 3), name="steps")
+    table = layers.Embedding(9, 3, name="table")(layers.Reshape((4,), name="as_ids")(ids))
+    masked = layers.BatchNormalization(name="norm")(layers.Masking(name="mask")(steps))
+    model = keras.Model([ids, steps], layers.Add(name="sum")([table, masked]))
+    found = unquantized(quantization_report(quantize_model(model), "w8a8"))
+    gathered = "entries of its weights, on whose grid they lie"
+    assert {path: found[path] for path in ("ids", "steps", "as_ids", "mask", "table")} == {
+        "ids": left("exact values for 'table'"),
+        "steps": left("exact values for 'mask'"),
+        "as_ids": CARRIED,
+        "mask": fused("norm"),
+        "table": UnquantizedOutputs("as its weights", gathered),
+    }
+    leave = Recipe.from_preset("w8a8", rules=[Rule(name="table", weights="float")])
+    found = unquantized(quantization_report(quantize_model(model, leave), leave))
+    assert "table" not in found
 
 
 def test_long_lists_are_wrapped():
@@ -172,7 +191,7 @@ def test_values_and_records_hold_it():
         "reason": "fused into 'norm'",
         "fused_into": ["norm"],
     }
-    assert plain["relu"] is None
+    assert plain["pool"] is None
     assert report.to_dict()["notes"] == []
     record = next(
         row for row in report.records() if row["layer"] == "norm" and row["tensor"] == "outputs"
