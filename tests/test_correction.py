@@ -120,6 +120,7 @@ LAYERS = {
     "DepthwiseConv1D": ((6, 2), lambda: layers.DepthwiseConv1D(3, depth_multiplier=2), -1),
     "DepthwiseConv2D": ((6, 6, 2), lambda: layers.DepthwiseConv2D(3), -1),
     "SeparableConv2D": ((6, 6, 2), lambda: layers.SeparableConv2D(3, 3), -1),
+    "nested model": ((4,), lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3)]), -1),
     "TimeDistributed": ((3, 4), lambda: layers.TimeDistributed(layers.Dense(3)), -1),
 }
 
