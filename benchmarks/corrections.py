@@ -46,7 +46,7 @@ VERDICT = [
     "each other's errors too; all at once they do not.",
     "",
     "Cross-layer equalization is not in the package. Alone it raises the error in most rows, also",
-    "with one range for each tensor. On top of bias correction it helps one network, the perceptron",
+    "with one range for each tensor. On top of bias correction it helps only the perceptron",
     "at 4 bits with one range for each tensor, and harms the separable one, where ReLU6 has to",
     "become ReLU. (Networks whose channels differ by orders of magnitude are not among these.)",
 ]
