@@ -90,13 +90,15 @@ def widened_end(low: Tensor, high: Tensor, min_threshold: float, xp: Any) -> Ten
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of `x`; both, or one of them, NaN where `x` holds NaN.
 
-    Where no value is negative the first is any of them, where none is positive the second is: zero
-    is to be included. As integers, since float minima are slow under XLA, and drop a NaN in
+    Where no value is negative the first is zero or any of them, where none is positive the second
+    is: zero is to be included. Both are zero where `x` is empty. As integers, since float minima are slow under XLA, and drop a NaN in
     TensorFlow's graphs; torch has no maxima of unsigned integers, and keeps NaN.
     """
     if keras.backend.backend() == "torch":
-        return ops.min(x), ops.max(x)
-    lowest, highest = (ops.max(ops.view(x, dtype=dtype)) for dtype in ("uint32", "int32"))
+        return ops.min(x, initial=0.0), ops.max(x, initial=0.0)
+    lowest, highest = (
+        ops.max(ops.view(x, dtype=dtype), initial=0) for dtype in ("uint32", "int32")
+    )
     return ops.view(lowest, dtype="float32"), ops.view(highest, dtype="float32")
 
 

@@ -31,6 +31,18 @@ def test_the_range_follows_the_batches(momentum):
         assert state(quantizer, "steps") == i + 1
 
 
+def test_an_empty_batch_leaves_the_range_as_it_was():
+    quantizer = make(momentum=0.5)
+    holder = hold(quantizer)
+    empty = f32(BATCHES[0])[:0]
+    holder(empty, training=True)
+    assert quantizer.range is None
+    holder(f32(BATCHES[0]), training=True)
+    before = quantizer.range
+    assert holder(empty, training=True).shape == empty.shape
+    assert quantizer.range == before
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 @pytest.mark.parametrize("ends", [(-1.3, 2.7), (0.0, 2.9), (-2.3, 0.0), (-3.1, 0.2), (-8.0, 7.9)])
