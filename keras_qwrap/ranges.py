@@ -91,8 +91,9 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of `x`; both, or one of them, NaN where `x` holds NaN.
 
     Where no value is negative the first is zero or any of them, where none is positive the second
-    is: zero is to be included. Both are zero where `x` is empty. As integers, since float minima are slow under XLA, and drop a NaN in
-    TensorFlow's graphs; torch has no maxima of unsigned integers, and keeps NaN.
+    is: zero is to be included. Both are zero where `x` is empty. As integers, since float minima
+    are slow under XLA, and drop a NaN in TensorFlow's graphs; torch has no maxima of unsigned
+    integers, and keeps NaN.
     """
     if keras.backend.backend() == "torch":
         return ops.min(x, initial=0.0), ops.max(x, initial=0.0)
