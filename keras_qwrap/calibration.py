@@ -24,7 +24,7 @@ _FEW_SAMPLES = 256
 _RESERVOIR = 2**16
 _SEED = 20260101
 _LARGEST = 2.0**125
-_OUTLIER_RATIO = 1000.0
+_OUTLIER_RATIO = 100.0
 _TAIL = 0.001
 _FEWEST_FOR_OUTLIERS = 16
 
@@ -48,7 +48,7 @@ def calibrate(
     fixed seed: memory does not grow with the data. `range_search.find_range` says what each
     method does with them; `moving_average` moves the ends from batch to batch as training does.
 
-    An activation whose ends are more than 1000 times as far apart as the central 99.8 % of its
+    An activation whose ends are more than 100 times as far apart as the central 99.8 % of its
     values has outliers: they are clipped, for the layers that follow too, with a warning. Fewer
     than 16 values are never searched for outliers. In later training with `fit` the ranges go on
     moving, unless frozen by `FreezeRanges(at_epoch=0)`.
