@@ -286,10 +286,10 @@ def test_wide_but_honest_ranges_are_kept(random):
     heavy = random.standard_t(2, size=(500, 3)).astype("float32")
     sparse = np.where(random.random((500, 3)) < 1e-3, 1e5, 0).astype("float32")
     even = (random.random((500, 3)) - 0.5).astype("float32")
-    even[7, 1] = 98
+    even[7, 1] = 80
     for x in (heavy, sparse, even):
         assert calibrate(just_holder(), x, "minmax", verbose=0)["only"] == ends(x)
-    even[7, 1] = 102
+    even[7, 1] = 120
     with pytest.warns(UserWarning, match="outliers"):
         assert calibrate(just_holder(), even, "minmax", verbose=0)["only"][1] < 2
 
