@@ -319,13 +319,13 @@ def test_registered_classes_of_keras_and_paths_through_layers_go_before_their_ro
         ((dict, {}), TypeError, "layer_class: received <class 'dict'>"),
         ((Part, ["left"]), TypeError, r"weights: received \['left'\] .*expected a dictionary"),
         ((Part, {0: -1}), TypeError, "weights: received 0 .*expected weight paths as keys"),
-        ((Part, {"a//b": -1}), TypeError, "weights: received 'a//b' "),
+        ((Part, {"a//b": -1}), TypeError, "weights: received 'a//b', "),
         ((Part, {"left": 1.0}), TypeError, r"weights\['left'\]: received 1.0 .*expected an int"),
         ((Part, {"left": True}), TypeError, r"weights\['left'\]: received True"),
         ((Part, {"left": ()}), TypeError, r"weights\['left'\]: received \(\)"),
         ((Part, {"left": (1, 0)}), ValueError, r"expected distinct axes in ascending order"),
         ((Part, {"left": (-1, 1)}), ValueError, r"received \(-1, 1\) .*counted from one end"),
-        ((Part, {}, "left"), TypeError, "aliases: received 'left' .*expected a dictionary"),
+        ((Part, {}, "left"), TypeError, "aliases: received 'left', expected a dictionary"),
         ((Part, {}, {"l": 3}), ValueError, r"aliases\['l'\]: received 3 .*one attribute"),
         ((Part, {}, {"l/m": "left"}), ValueError, r"aliases\['l/m'\]: received 'left'"),
     ],
@@ -355,6 +355,6 @@ def test_paths_that_give_the_same_names_are_refused():
     layer.a_b.c, layer.a.b_c = built(layers.Dense(2)), built(layers.Dense(3))
     layer.built = True
     assert len(find_weights(layer, ["a_b/c/kernel"])) == 1
-    message = "received 'a/b_c/kernel' .*expected a path that differs from 'a_b/c/kernel' in more"
+    message = "received 'a/b_c/kernel', expected a path that differs from 'a_b/c/kernel' in more"
     with pytest.raises(ValueError, match=message):
         find_weights(layer, ["a_b/c/kernel", "a/b_c/kernel"])
