@@ -89,6 +89,7 @@ def equal_variables(model, other):
             np.testing.assert_array_equal(to_numpy(a), to_numpy(b), err_msg=a.path, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_epoch", [0, 2])
 def test_ranges_freeze_at_the_beginning_of_an_epoch(at_epoch):
     model, free = new_model(), new_model()
@@ -113,6 +114,7 @@ def test_an_epoch_too_late_freezes_nothing():
     assert states(model, "frozen") == [False, False]
 
 
+@pytest.mark.slow
 def test_frozen_ranges_stay_frozen_without_the_callback(tmp_path):
     model = new_model()
     train(model, 1, FreezeRanges(0))
@@ -125,6 +127,7 @@ def test_frozen_ranges_stay_frozen_without_the_callback(tmp_path):
     assert after.seen == before.seen
 
 
+@pytest.mark.slow
 def test_the_delay_trains_with_float_activations():
     """As a model whose activation quantizers are disabled; the ranges are found meanwhile."""
     model, floating = new_model(), new_model(enable_activation_quantization=False)
@@ -141,6 +144,7 @@ def test_the_delay_trains_with_float_activations():
     assert not np.array_equal(to_numpy(kept[0]), to_numpy(floating.variables[0]))
 
 
+@pytest.mark.slow
 def test_the_delay_is_absolute_and_counts_from_the_first_step():
     """Set again, as for a resumed training, it does not begin anew."""
     model, other = new_model(), new_model()
@@ -153,6 +157,7 @@ def test_the_delay_is_absolute_and_counts_from_the_first_step():
     assert states(model, "delay") == [STEPS + 1] * 2
 
 
+@pytest.mark.slow
 def test_validation_quantizes_during_the_delay():
     model = new_model()
     train(model, 1, DelayQuantization(1000))
@@ -163,6 +168,7 @@ def test_validation_quantizes_during_the_delay():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_as_an_uninterrupted_one(tmp_path):
     """The delay ends and the ranges freeze after the resume."""
     callbacks = [DelayQuantization(2 * STEPS + 1), FreezeRanges(3)]

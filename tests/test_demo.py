@@ -235,6 +235,7 @@ def trained_and_converted() -> tuple[keras.Model, keras.Model]:
     return quantized, qi.convert_to_inferable(quantized)
 
 
+@pytest.mark.slow
 def test_training_goes_past_converted_weights():
     """Training the converted model must not move weights off their grid."""
     _, converted = trained_and_converted()
@@ -249,6 +250,7 @@ def test_training_goes_past_converted_weights():
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_converted_file_is_little_larger_than_the_float_one(tmp_path):
     """Keras needs 5 to 7 kB for each wrapped layer; a weight stored twice needs 160 kB."""
     _, converted = trained_and_converted()

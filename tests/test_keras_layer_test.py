@@ -67,6 +67,7 @@ LAYERS = {
 SEED_GENERATORS = {"dropout": 1, "lstm": 1, "bidirectional": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_run_layer_test(name):

@@ -9,9 +9,13 @@ ORDER_OF_SUMS = ("gru", "lstm_initial_state")
 """PyTorch sums a frozen layer's products with time-major inputs in another order than a trainable
 layer's, also without a wrapper, and a converted layer is frozen."""
 
+QUICK = ("conv2d", "dense", "depthwise_conv2d", "multi_head_attention", "simple_rnn")
+"""One row for each way to hold weights; all together take a minute."""
+
 
 def _row(case):
     marks = [pytest.mark.tensorflow] if case.name in ORDER_OF_SUMS else []
+    marks += [pytest.mark.slow] if case.name not in QUICK else []
     return pytest.param(case, id=case.name, marks=marks)
 
 
@@ -22,5 +26,6 @@ def test_layer_keeps_the_contract(case):
 
 
 def test_matrix_is_wide():
+    assert set(QUICK) <= {case.name for case in CASES}
     assert len({case.name for case in CASES}) == len(CASES) >= 36
     assert len({type(case.layer()) for case in CASES}) >= 30

@@ -44,6 +44,7 @@ def model_of(policy=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("globally", [False, True])
 def test_mixed_policies_train_save_and_reload(policy, globally, global_policy, tmp_path):

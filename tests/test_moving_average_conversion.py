@@ -59,6 +59,7 @@ def trained_model(method):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_trained_converted_and_reloaded_models_are_equal(method, random, tmp_path):
     model = trained_model(method)

@@ -315,6 +315,7 @@ class Tagger(keras.Model):
         return self.head(tensor)
 
 
+@pytest.mark.slow
 def test_a_subclassed_model_has_the_weights_and_outputs_of_its_layers_quantized():
     model = Tagger()
     tokens = np.random.default_rng(0).integers(0, 9, (8, 5)).astype("int32")

@@ -67,6 +67,7 @@ ROWS = {
     "moving average pot": moving_average(M.POWER_OF_TWO, 8),
     "moving average uniform": moving_average(M.UNIFORM, 3),
 }
+QUICK = ("weights symmetric channels", "activation pot signed", "ste uniform", "moving average pot")
 LOOKUP_ROWS = {
     "weights lookup": qi.WeightsLUTSymmetricInferableQuantizer(2, TABLE, 1.7, False),
     "weights lookup channels": qi.WeightsLUTSymmetricInferableQuantizer(
@@ -84,11 +85,14 @@ def inputs(random):
     return random.normal(size=(2, 3, 4)).astype("float32")
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row", [row if row in QUICK else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 def test_contract(row, random):
     check_quantizer(ROWS[row], inputs(random))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", LOOKUP_ROWS)
 def test_contract_of_lookup(row, random):
     """Its grid does not promise that quantizing twice changes nothing."""

@@ -136,6 +136,7 @@ def test_any_name_survives_json(text):
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
+@pytest.mark.slow
 @given(RECIPES)
 @settings(max_examples=100)
 def test_json_round_trip(recipe):

@@ -96,6 +96,7 @@ def test_the_given_model_is_left_as_it_is():
     assert not any("call" in vars(layer) for layer in (model.first, model.norm, *model.blocks))
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_float_model_where_nothing_is_quantized():
     """Dropout seeds, moving statistics, added losses: all go on as ever."""
     model = built_net()
@@ -137,6 +138,7 @@ def test_training_moves_latent_weights_and_reloads(tmp_path):
     same(copy.deepcopy(quantized)(X), to_numpy(quantized(X)))
 
 
+@pytest.mark.slow
 def test_conversion_gives_the_same_outputs_and_nothing_to_train(tmp_path):
     quantized = quantized_net()
     quantized.compile(keras.optimizers.Adam(0.1), "mse")

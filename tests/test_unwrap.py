@@ -169,6 +169,7 @@ def flags(model):
     return [(layer.name, layer.trainable) for layer in model._flatten_layers() if layer.weights]
 
 
+@pytest.mark.slow
 def test_what_conversion_froze_can_be_trained_again():
     """Quantized again, it trains as the first time; what the user froze stays frozen."""
     model = trained(activations=True)

@@ -103,6 +103,7 @@ def _nested():
     return keras.Model(inputs, layers.Dense(2)(_sequential()(inputs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Subclassed, _sequential, _nested])
 def test_models_train_save_and_reload(make, tmp_path):
     model = make()

@@ -313,6 +313,7 @@ class DropoutCell(layers.Layer):
         return output, [output]
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_cell_that_holds_dropout(jit_compile):
