@@ -25,6 +25,7 @@ _RESERVOIR = 2**16
 _SEED = 20260101
 _LARGEST = 2.0**125
 _OUTLIER_RATIO = 100.0
+_FEW_OUTLIER_RATIO = 1000.0
 _TAIL = 0.001
 _FEWEST_FOR_OUTLIERS = 16
 
@@ -49,9 +50,10 @@ def calibrate(
     method does with them; `moving_average` moves the ends from batch to batch as training does.
 
     An activation whose ends are more than 100 times as far apart as the central 99.8 % of its
-    values has outliers: they are clipped, for the layers that follow too, with a warning. Fewer
-    than 16 values are never searched for outliers. In later training with `fit` the ranges go on
-    moving, unless frozen by `FreezeRanges(at_epoch=0)`.
+    values, in a batch or in all, has outliers: they are clipped, for the layers that follow too,
+    with a warning. Of fewer than 1000 values all but two count as central, and 1000 times is the
+    limit; fewer than 16 are never searched. In later training with `fit` the ranges go on moving,
+    unless frozen by `FreezeRanges(at_epoch=0)`.
 
     Args:
         model: a built model that holds wrappers or holders with such quantizers.
@@ -310,11 +312,13 @@ def _bounds(samples: np.ndarray, low: float, high: float) -> tuple[float, float]
     """Where to clip outliers; None where there are none."""
     if samples.size < _FEWEST_FOR_OUTLIERS:
         return None
-    tail = max(1, int(_TAIL * samples.size))
+    tail = int(_TAIL * samples.size)
+    ratio = _OUTLIER_RATIO if tail else _FEW_OUTLIER_RATIO
+    tail = max(1, tail)
     inner = np.partition(samples, (tail, samples.size - 1 - tail))
     least, most = float(inner[tail]), float(inner[-1 - tail])
     width = most - least
-    if width == 0 or high - low <= _OUTLIER_RATIO * width:
+    if width == 0 or high - low <= ratio * width:
         return None
     return max(least - width / 2, low), min(most + width / 2, high)
 

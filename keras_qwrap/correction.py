@@ -13,7 +13,8 @@ from keras import ops
 
 from keras_qwrap.copying import Copier, check_graph, is_graph
 from keras_qwrap.errors import bad_value
-from keras_qwrap.placement import LINEAR, kind
+from keras_qwrap.inner_layers import kind
+from keras_qwrap.placement import LINEAR
 from keras_qwrap.streams import batches
 from keras_qwrap.substitution import graph_nodes, sublayers
 from keras_qwrap.tensors import Tensor, to_numpy
@@ -41,7 +42,8 @@ def correct_biases(
 
     A layer without a bias that only a batch normalization reads has the `moving_mean` of that
     normalization shifted instead. Left as they are: other layers without a bias, layers that are
-    not wrapped, recurrent cells, and layers whose activation function is a layer of its own.
+    not wrapped, recurrent cells, layers that the model calls more than once, and layers whose
+    activation function is a layer of its own.
 
     This is the empirical bias correction of M. Nagel, M. van Baalen, T. Blankevoort and
     M. Welling, "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019.
@@ -163,30 +165,33 @@ def _inside(operation: Any) -> Any:
 def _offsets(model: keras.Model) -> dict[str, _Offset]:
     """By a path that is the same in float and quantized, the offset of every layer that has one."""
     norms = _normalizations(model)
-    rows = sorted(_layers(model), key=lambda row: row[0], reverse=True)
-    # Of several paths of a shared layer the first by name stays: the order of layers may differ.
-    layers = {id(layer): (path, layer) for path, layer in rows}
-    found = {}
-    for path, layer in layers.values():
-        if kind(layer) not in LINEAR or isinstance(layer.activation, keras.Layer):
+    found: dict[str, _Offset] = {}
+    calls = Counter(id(layer) for _, layer in _layers(model))
+    for path, layer in _layers(model):
+        # Calls of a shared layer need not come in the same order in both models.
+        if calls[id(layer)] > 1 or kind(layer) not in LINEAR:
+            continue
+        if isinstance(layer.activation, keras.Layer):
             continue
         if getattr(layer, "bias", None) is not None:
             first = getattr(layer, "data_format", None) == "channels_first"
             found[path] = _Offset(layer, layer.bias, axis=1 if first else None)
-        elif id(layer) in norms:
+        elif id(layer) in norms and layer.activation is keras.activations.linear:
             norm = norms[id(layer)]
             found[path] = _Offset(layer, norm.moving_mean, -1, norm.axis)
     return found
 
 
 def _layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.Layer]]:
-    """The layers in a model, inner ones too, by all their paths."""
-    for layer in model.layers:
+    """The layers that a model calls, inner ones too, with their paths; once for each call."""
+    for node in graph_nodes(model):
+        layer = node.operation
         path = f"{prefix}{layer.name}/"
         if is_graph(layer):
             yield from _layers(layer, path)
         else:
-            for i, inner in enumerate(sublayers(_inside(layer))):
+            layers = sublayers(_inside(layer)) if isinstance(layer, keras.Layer) else []
+            for i, inner in enumerate(layers):
                 yield f"{path}{i}", inner
 
 

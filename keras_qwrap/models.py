@@ -5,11 +5,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.copying import Copier, check_graph
+from keras_qwrap.copying import Copier, check_graph, is_graph
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in, refuse_inner_wrappers
 from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.substitution import sublayers
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -131,6 +132,10 @@ class _Unwrapper(Copier):
 
     def copy_model(self, model: keras.Model) -> keras.Model:
         new = super().copy_model(model)
+        for graph in [each for each in sublayers(new) if is_graph(each) and not each.trainable]:
+            # Keras hands the flag on to the layers only where it changes.
+            graph.trainable = True
+            graph.trainable = False
         for source, target, weights in self._dequantized:
             for old, variable in zip(source.variables, target.variables, strict=True):
                 if id(old) in weights:

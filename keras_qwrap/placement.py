@@ -6,15 +6,16 @@ The rules, for each operation of a Functional or Sequential graph:
   normalization's or sum's output that only an activation function reads, is not quantized: the
   pair runs as one integer kernel, also with layers between the two that leave their input as it
   is in inference (dropout, ...).
-- So do a concatenation and the batch normalization that alone reads it, and whatever max pooling
-  alone reads, with the pooling: the largest code is the code of the largest value.
+- So do a concatenation and the batch normalization that alone reads it, and, with max pooling, what
+  it alone reads, unless its grid is known: the largest code is the code of the largest value.
 - Operations that move values or choose among them (pooling, reshape, padding, cropping, ...) carry
   the grid of their input; those that average or interpolate carry its scale, as integer kernels do.
 - Softmax and sigmoid lie in `[0, 1)`, tanh in `[-1, 1)`: their grids are known.
 - Everything else is quantized onto a grid that is found from data. Integer tensors are not.
 - A model's input is left as it is where something needs its exact values (token ids, the value that
-  stands for a masked step), and where only normalization reads it, which is made for inputs of
-  unlike sizes; so is what `Masking` reads.
+  stands for a masked step), also behind functions of that input alone, and where only batch
+  normalization or `Normalization` reads it, made for inputs of unlike sizes; so is whatever else
+  is read for its exact values.
 """
 
 import enum
@@ -55,7 +56,7 @@ _LOOKUPS = frozenset(
 )
 """What needs the exact values of its input."""
 
-_NORMALIZATIONS = frozenset({"BatchNormalization", "Normalization"})
+NORMALIZATIONS = frozenset({"BatchNormalization", "Normalization"})
 _MAX_POOLING = frozenset(
     {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in ("GlobalMaxPooling", "MaxPooling")}
     | {"MaxPool"}
@@ -125,20 +126,27 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
             readers.setdefault(id(tensor), []).append(node)
     leaving = {id(tensor) for tensor in ends}
 
-    def only_reader(tensor: keras.KerasTensor) -> Any:
-        """The one operation that reads a tensor, behind those that leave it as it is, or None."""
+    def only_reader(tensor: keras.KerasTensor, skipped: Callable[[GraphNode], bool]) -> Any:
+        """The one operation that reads a tensor, behind those that are skipped, or None."""
         reading = readers.get(id(tensor), [])
         if id(tensor) in leaving or len(reading) != 1:
             return None
-        operation = reading[0].operation
-        return only_reader(reading[0].outputs[0]) if is_identity(operation) else operation
+        skip = skipped(reading[0])
+        return only_reader(reading[0].outputs[0], skipped) if skip else reading[0].operation
+
+    def fused_reader(operation: Any, tensor: keras.KerasTensor) -> Any:
+        lookup = only_reader(tensor, _passes_on)
+        if kind(lookup) in _LOOKUPS:
+            return None if is_graph(operation) or carries_grid(operation) else lookup
+        reader = only_reader(tensor, lambda node: is_identity(node.operation))
+        return reader if _fuses(operation, reader) else None
 
     into: dict[int, list[Any]] = {}
     apart = set()
     for node in nodes:
         for tensor in node.outputs:
-            reader = only_reader(tensor)
-            if _fuses(node.operation, reader):
+            reader = fused_reader(node.operation, tensor)
+            if reader is not None:
                 into.setdefault(id(node.operation), []).append(reader)
             else:
                 apart.add(id(node.operation))
@@ -151,7 +159,7 @@ def exact_inputs(model: keras.Model) -> dict[int, list[Any]]:
     for tensor in model.inputs:
         readers = list(_readers(tensor, model))
         exact = [reader for reader, floats in readers if kind(reader) in _LOOKUPS or not floats]
-        if readers and all(kind(reader) in _NORMALIZATIONS for reader, _ in readers):
+        if readers and all(kind(reader) in NORMALIZATIONS for reader, _ in readers):
             exact = [reader for reader, _ in readers]
         if exact:
             found[id(tensor)] = [op for op in exact if isinstance(op, keras.Layer)] or exact
@@ -159,18 +167,26 @@ def exact_inputs(model: keras.Model) -> dict[int, list[Any]]:
 
 
 def _readers(tensor: keras.KerasTensor, model: keras.Model) -> Iterator[tuple[Any, bool]]:
-    """What reads a tensor, behind what only moves its values; and whether it makes any floats."""
+    """What reads a tensor, behind what only moves its values and functions of it alone.
+
+    And whether it makes any floats.
+    """
     for node in graph_nodes(model):
         operation = unwrapped(node.operation)
         places = [place for place, each in enumerate(node.inputs) if each is tensor]
         if is_graph(operation):
             for place in places:
                 yield from _readers(operation.inputs[place], operation)
-        elif places and carries_grid(operation) and _are_float(node.outputs):
+        elif places and _passes_on(node) and _are_float(node.outputs):
             for output in node.outputs:
                 yield from _readers(output, model)
         elif places:
             yield operation, any(_are_float([output]) for output in node.outputs)
+
+
+def _passes_on(node: GraphNode) -> bool:
+    function = not isinstance(node.operation, keras.Layer) and len(node.inputs) == 1
+    return function or carries_grid(unwrapped(node.operation))
 
 
 def carries_grid(operation: Any) -> bool:
@@ -188,10 +204,8 @@ def _fuses(operation: Any, reader: Any) -> bool:
     if kind(reader) == "BatchNormalization":
         return linear or kind(operation) in {"Concatenate", "Masking"}
     if kind(reader) in _MAX_POOLING:
-        moved = is_graph(operation) or carries_grid(operation)
+        moved = is_graph(operation) or carries_grid(operation) or kind(operation) == "Embedding"
         return not moved and output_range(operation) is OutputRange.DATA
-    if kind(reader) == "Masking":
-        return not is_graph(operation)
     absorbing = linear or kind(operation) in SUMS | {"BatchNormalization"}
     return absorbing and kind(reader) in ACTIVATIONS
 

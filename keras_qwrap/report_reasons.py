@@ -8,7 +8,8 @@ import keras
 
 from keras_qwrap.copying import is_graph, unwrapped
 from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.placement import carries_grid, exact_inputs, fusions
+from keras_qwrap.inner_layers import kind
+from keras_qwrap.placement import NORMALIZATIONS, carries_grid, exact_inputs, fusions
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Decision
@@ -127,7 +128,9 @@ def _fused(readers: list[Any]) -> UnquantizedOutputs | None:
 
 def _read_exactly(readers: list[Any]) -> UnquantizedOutputs | None:
     names = tuple(dict.fromkeys(reader.name for reader in readers))
-    return UnquantizedOutputs("float", f"exact values for {_quoted(names)}") if names else None
+    raw = bool(readers) and all(kind(reader) in NORMALIZATIONS for reader in readers)
+    what = "raw values" if raw else "exact values"
+    return UnquantizedOutputs("float", f"{what} for {_quoted(names)}") if names else None
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -289,6 +289,8 @@ def test_wide_but_honest_ranges_are_kept(random):
     for x in (heavy, sparse, even):
         assert calibrate(just_holder(), x, "minmax", verbose=0)["only"] == ends(x)
     even[7, 1] = 120
+    few = even[:16].copy()
+    assert calibrate(just_holder(), few, "minmax", verbose=0)["only"] == ends(few)
     with pytest.warns(UserWarning, match="outliers"):
         assert calibrate(just_holder(), even, "minmax", verbose=0)["only"][1] < 2
 

@@ -192,6 +192,20 @@ def test_inputs_that_are_names_or_masks_are_left_as_they_are():
     assert exact(keras.Model(steps, masked)) == {"steps": ["mask"]}
 
 
+def test_names_are_left_as_they_are_behind_functions_too():
+    ids = keras.Input((4,), name="ids")
+    model = keras.Model(ids, layers.Embedding(9, 2, name="table")(ops.clip(ids - 1.0, 0, 8)))
+    assert exact(model) == {"ids": ["table"]}
+    assert placed(model) == {"table": DATA}
+
+
+def test_an_embedding_keeps_its_grid_behind_max_pooling():
+    ids = keras.Input((4,), dtype="int32")
+    table = layers.Embedding(9, 2, name="table")(ids)
+    model = keras.Model(ids, layers.GlobalMaxPooling1D(name="pool")(table))
+    assert placed(model) == {"table": DATA}
+
+
 def test_an_input_that_only_normalization_reads_is_left_as_it_is():
     inputs = keras.Input((8, 8, 4), name="in")
     found = exact(keras.Model(inputs, [norm("a")(inputs), norm("b")(inputs)]))

@@ -174,6 +174,12 @@ def test_what_is_read_exactly_and_what_is_gathered():
     assert "table" not in found
 
 
+def test_an_input_for_normalization():
+    model = keras.Sequential([keras.Input((3,), name="in"), layers.BatchNormalization(name="n")])
+    found = unquantized(quantization_report(quantize_model(model), "w8a8"))
+    assert found == {"in": left("raw values for 'n'")}
+
+
 def test_long_lists_are_wrapped():
     parts = [layers.ReLU(name=f"{'relu' * 6}-{i}") for i in range(9)]
     model = keras.Sequential([keras.Input((2,), name="input"), *parts])

@@ -186,6 +186,15 @@ def test_what_conversion_froze_can_be_trained_again():
     assert not np.array_equal(to_numpy(again.get_layer("conv").layer.kernel), before)
 
 
+def test_a_nested_model_that_the_user_froze_stays_frozen():
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(3, name="in")], name="inner")
+    inner.trainable = False
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.Dense(2, name="out")(inner(inputs)))
+    converted = qi.convert_to_inferable(qi.quantize_model(model, "w8"))
+    assert flags(unwrap_model(converted)) == flags(model)
+
+
 def test_an_output_of_a_holder_gets_the_name_of_the_layer_before():
     inputs = keras.Input((3,))
     held = Holder(activation(1.0, 2), name="held")(layers.Dense(2, name="dense")(inputs))
