@@ -64,22 +64,21 @@ and the reloaded model. Identical: so many layers give the same bits in the last
 
 
 def network(name: str, images: np.ndarray) -> keras.Model:
-    """A random network whose batch normalization has the statistics of the images.
+    """A random network whose batch normalization has the statistics of the images in inference.
 
     Without them the outputs of many deep random networks overflow or vanish, quantized or not.
     """
     make = getattr(applications, name)
     shape = images.shape[1:]
-    model = make(
-        weights=None, input_shape=shape, classes=CLASSES, classifier_activation=None, name=name
-    )
-    norms = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    model = make(weights=None, input_shape=shape, classes=CLASSES, classifier_activation=None)
+    kinds = {layers.BatchNormalization: "momentum", layers.Dropout: "rate"}
+    found = [(layer, kinds[type(layer)]) for layer in model.layers if type(layer) in kinds]
+    before = [getattr(layer, name) for layer, name in found]
+    for layer, attribute in found:
+        setattr(layer, attribute, 0.0)
     model(images, training=True)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for (layer, attribute), value in zip(found, before, strict=True):
+        setattr(layer, attribute, value)
     return model
 
 

@@ -68,10 +68,11 @@ class Channels:
         return values.reshape(shape)
 
     def gather(self, spread: np.ndarray) -> float | list:
-        """The inverse of `spread`, as plain Python numbers for a config."""
+        """The inverse of `spread`, for a config: numbers of as few digits as float32 needs."""
+        numbers = np.array([float(str(number)) for number in spread.ravel()])
         if not self.kept:
-            return spread.item()
-        return spread.reshape([spread.shape[axis] for axis in self.kept]).tolist()
+            return numbers.item()
+        return numbers.reshape([spread.shape[axis] for axis in self.kept]).tolist()
 
     def check_tensor(self, name: str, range_shape: tuple, tensor_shape: tuple) -> None:
         """Refuse a tensor whose rank or channels do not fit ranges of shape `range_shape`."""

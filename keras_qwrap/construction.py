@@ -8,6 +8,7 @@ import keras
 from keras import tree
 
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.packed_weights import PackedWeight
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.weight_paths import find_weights
 
@@ -37,6 +38,7 @@ class Construction:
         example: positional and keyword arguments of a call, with symbolic tensors.
         output_shapes: shapes of the wrapped layer's outputs, if they are quantized.
         quantized: path and variable of each weight that has a quantizer.
+        packed: what stands for each variable in the weights of a converted layer, by `id`.
     """
 
     def __init__(self) -> None:
@@ -44,6 +46,7 @@ class Construction:
         self.example: tuple[tuple, dict] | None = None
         self.output_shapes: list[tuple] | None = None
         self.quantized: list[tuple[str, keras.Variable]] = []
+        self.packed: dict[int, PackedWeight] = {}
 
     def find_quantized(self, layer: keras.Layer, paths: list[str]) -> None:
         """Find the weights; one that a wrapper inside quantizes already is refused."""

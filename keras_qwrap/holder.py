@@ -12,6 +12,7 @@ from keras_qwrap.quantizing_layer import (
     QuantizingLayer,
     check_format_version,
     copy_quantizer,
+    deserialize_quantizers,
     inferable_twin,
     serialize_quantizer,
 )
@@ -107,7 +108,7 @@ class KerasActivationQuantizationHolder(QuantizingLayer):
     def from_config(cls, config: dict) -> "KerasActivationQuantizationHolder":
         """The holder that `get_config` described."""
         config = check_format_version(config)
-        config["activation_holder_quantizer"] = keras.saving.deserialize_keras_object(
+        config["activation_holder_quantizer"] = deserialize_quantizers(
             config["activation_holder_quantizer"]
         )
         return cls(**config)

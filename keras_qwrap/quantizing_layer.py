@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_qwrap.compact import compact, expand
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
@@ -250,7 +251,12 @@ def inferable_twin(quantizer: Quantizer) -> BaseKerasInferableQuantizer:
 def serialize_quantizer(quantizer: Quantizer) -> dict:
     """A quantizer as plain values; refused where its config would lose an argument."""
     _checked_config(quantizer)
-    return keras.saving.serialize_keras_object(quantizer)
+    return compact(keras.saving.serialize_keras_object(quantizer))
+
+
+def deserialize_quantizers(config: Any, custom_objects: dict | None = None) -> Any:
+    """The quantizers that `serialize_quantizer` made plain, in the structure they are in."""
+    return keras.saving.deserialize_keras_object(expand(config), custom_objects=custom_objects)
 
 
 def _checked_config(quantizer: Quantizer) -> dict:

@@ -20,6 +20,7 @@ from keras_qwrap.weight_paths import (
     check_supported,
     default_weights,
     own_weights,
+    variables_of_weights,
     weight_paths,
     weight_reason,
 )
@@ -46,7 +47,7 @@ class WeightReasons:
             decision = decisions.get(id(inner))
             if decision is not None:
                 reason = "" if decision.weights else decision.reason
-                self._recipe |= {id(variable): reason for variable in inner.weights}
+                self._recipe |= {id(v): reason for v in variables_of_weights(inner)}
 
     def why(self, variable: keras.Variable) -> str:
         """In a few words."""

@@ -29,7 +29,7 @@ from keras_qwrap.report_rows import (
 )
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import input_layer, sublayers
-from keras_qwrap.weight_paths import weight_paths
+from keras_qwrap.weight_paths import variables_of_weights, weight_paths
 
 
 def rows_of(model: keras.Model, recipe: Recipe | None) -> tuple[LayerReport, ...]:
@@ -132,14 +132,15 @@ class _Walk:
         self.rows.append(LayerReport(path, type(inner).__name__, True, converted, *parts))
         if nested:
             self.visit(inner, f"{path}/{inner.name}")
-        self._seen |= {id(variable) for variable in layer.weights}
+        self._seen |= {id(variable) for variable in variables_of_weights(layer)}
 
     def _left_in_float(
         self, operation: Any, known: dict[int, str], wrapped: bool = False
     ) -> tuple[FloatWeight, ...]:
         """The weights of a layer that were not seen yet; `known` holds reasons by `id`."""
         has_own = isinstance(operation, keras.Layer) and not isinstance(operation, QuantizingLayer)
-        rest = [v for v in operation.weights if id(v) not in self._seen] if has_own else []
+        own = variables_of_weights(operation) if has_own else []
+        rest = [variable for variable in own if id(variable) not in self._seen]
         self._seen |= {id(variable) for variable in rest}
         if not rest:
             return ()

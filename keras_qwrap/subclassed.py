@@ -25,6 +25,7 @@ from keras_qwrap.quantizing_layer import (
     Quantizer,
     check_format_version,
     copy_quantizer,
+    deserialize_quantizers,
     inferable_twin,
     serialize_quantizer,
 )
@@ -336,10 +337,11 @@ class QuantizedModel(keras.Model):
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> "QuantizedModel":
         """The model that `get_config` described."""
         config = check_format_version(config)
-        for name in ("model", "weights_quantizers", "activation_quantizers"):
-            config[name] = keras.saving.deserialize_keras_object(
-                config[name], custom_objects=custom_objects
-            )
+        config["model"] = keras.saving.deserialize_keras_object(
+            config["model"], custom_objects=custom_objects
+        )
+        for name in ("weights_quantizers", "activation_quantizers"):
+            config[name] = deserialize_quantizers(config[name], custom_objects)
         return cls(**config)
 
 

@@ -13,6 +13,11 @@ from keras_qwrap.substitution import is_rematerialized, sublayers
 from keras_qwrap.tensors import to_numpy
 
 
+def variables_of_weights(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables of `layer.weights`, where packed codes may stand for some of them."""
+    return [getattr(weight, "variable", weight) for weight in layer.weights]
+
+
 def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
     """Every variable of a built layer by the shortest attribute path that leads to it.
 
@@ -27,7 +32,7 @@ def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
     print(sorted(weight_paths(layer)))  # ['cell/bias', 'cell/kernel', 'cell/recurrent_kernel']
     ```
     """
-    wanted = {id(variable) for variable in layer.weights}
+    wanted = {id(variable) for variable in variables_of_weights(layer)}
     paths: dict[int, tuple[str, keras.Variable]] = {}
     for path, found in walk(layer, lambda part: True):
         if id(found) in wanted:
@@ -127,7 +132,7 @@ def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
         TypeError: what the path leads to is not a floating-point `keras.Variable`.
     """
     found = follow(layer, path)
-    if isinstance(found, keras.Variable) and any(found is v for v in layer.weights):
+    if isinstance(found, keras.Variable) and any(found is v for v in variables_of_weights(layer)):
         if "float" not in found.dtype:
             raise bad_type(path, found.dtype, "a floating-point weight", "Leave it out.")
         return found
@@ -253,7 +258,7 @@ def _is_float_weight(layer: keras.Layer, found: Any) -> bool:
     return (
         isinstance(found, keras.Variable)
         and "float" in found.dtype
-        and any(found is weight for weight in layer.weights)
+        and any(found is weight for weight in variables_of_weights(layer))
     )
 
 
@@ -270,8 +275,9 @@ def _check_axes_fit(name: str, axes: Axes, rank: int) -> None:
 
 def own_weights(layer: keras.Layer) -> list[keras.Variable]:
     """The weights of a layer that no layer inside it owns."""
-    inside = {id(w) for part in sublayers(layer) if part is not layer for w in part.weights}
-    return [weight for weight in layer.weights if id(weight) not in inside]
+    parts = [part for part in sublayers(layer) if part is not layer]
+    inside = {id(weight) for part in parts for weight in variables_of_weights(part)}
+    return [weight for weight in variables_of_weights(layer) if id(weight) not in inside]
 
 
 def _largest_kernels(layer: keras.Layer) -> list[keras.Variable]:

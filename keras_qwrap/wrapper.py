@@ -7,11 +7,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.packed_weights import store_packed
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
@@ -20,6 +21,7 @@ from keras_qwrap.quantizing_layer import (
     QuantizingLayer,
     check_format_version,
     copy_quantizer,
+    deserialize_quantizers,
     inferable_twin,
     refuse_inner_wrappers,
     serialize_quantizer,
@@ -182,9 +184,12 @@ class KerasQuantizationWrapper(QuantizingLayer):
             self._initialize(self.weights_quantizers[path], tuple(variable.shape), name)
         for i, shape in enumerate(shapes):
             self._initialize(self.activation_quantizers[i], tuple(shape), f"output_{i}")
-        if self.converted and not self.trainable:
-            for inner in sublayers(self.layer):
-                inner.trainable = False
+        if self.converted:
+            rows = [(path, variable, inferable_twin(q)) for path, q, variable in self._enabled()]
+            self._construction.packed = store_packed(self.layer, rows)
+            if not self.trainable:
+                for inner in sublayers(self.layer):
+                    inner.trainable = False
 
     def _find_output_shapes(self, args: tuple, kwargs: dict) -> list[tuple]:
         shapes = self._construction.output_shapes
@@ -203,6 +208,12 @@ class KerasQuantizationWrapper(QuantizingLayer):
                 "Where the call's arguments decide the outputs, build the wrapper by calling it "
                 "with them.",
             )
+
+    @property
+    def weights(self) -> list:
+        """All weights; in a converted layer with a `PackedWeight` for each that is quantized."""
+        packed = self._construction.packed
+        return [packed.get(id(variable), variable) for variable in super().weights]
 
     def latent_weight(self, name: str) -> keras.Variable:
         """The float variable of a quantized weight; `name` is its path, with `/` or `_`."""
@@ -288,10 +299,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         if self.converted:
             self.get_codes()
         weights = {}
-        for path, quantizer, variable in self._enabled():
-            weight = read(variable)
-            if not self.converted:
-                weight = self._quantize(quantizer, weight, False)
+        for path, q, variable in self._enabled():
+            weight = read(variable) if self.converted else self._quantize(q, read(variable), False)
             weights[path] = to_numpy(weight).astype(np.float32)
         return weights
 
@@ -309,15 +318,9 @@ class KerasQuantizationWrapper(QuantizingLayer):
         codes = {}
         for path, quantizer, variable in self._enabled():
             twin = inferable_twin(quantizer)
-            weight = to_numpy(variable)
-            codes[path] = (twin.quantize_to_codes(weight), twin.scale, twin.zero_point)
-            on_grid = ops.cast(twin.dequantize(codes[path][0]), variable.dtype)
-            if self.converted and not np.array_equal(to_numpy(on_grid), weight):
-                raise ValueError(
-                    f"get_codes: received a weight '{path}' of converted layer '{self.name}' that "
-                    "is not on its grid, expected one that conversion wrote. It was assigned "
-                    "other values since; convert the trained layer again."
-                )
+            packed = self._construction.packed.get(id(variable))
+            found = packed.codes() if packed else twin.quantize_to_codes(to_numpy(variable))
+            codes[path] = (found, twin.scale, twin.zero_point)
         return codes
 
     def _enabled(self) -> list[tuple[str, Quantizer, keras.Variable]]:
@@ -329,10 +332,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def _require_built(self, what: str) -> None:
         refuse_replaced_weights(self.layer)
         if not self.built:
-            raise ValueError(
-                f"{what}: received layer '{self.name}', which is not built, expected a built "
-                "one. Call it or build it first."
-            )
+            name = f"layer '{self.name}', which is not built"
+            raise bad_value(what, name, "a built one", "Call it or build it first.")
 
     def convert_to_inferable_quantizers(self) -> "KerasQuantizationWrapper":
         """A new wrapper for inference, with the same outputs.
@@ -393,6 +394,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def from_config(cls, config: dict) -> "KerasQuantizationWrapper":
         """The wrapper that `get_config` described."""
         config = check_format_version(config)
-        for name in ("layer", "weights_quantizers", "activation_quantizers"):
-            config[name] = keras.saving.deserialize_keras_object(config[name])
+        config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
+        for name in ("weights_quantizers", "activation_quantizers"):
+            config[name] = deserialize_quantizers(config[name])
         return cls(**config)

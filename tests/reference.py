@@ -1,5 +1,6 @@
 """What the numeric tests share: references in plain numpy, gradients, modes, refusals."""
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -120,3 +121,14 @@ def refused(error: type[Exception], action: Callable, *fragments: str) -> str:
         assert fragment.lower() in message.lower(), f"{fragment!r} is not in: {message}"
     assert message.endswith((".", ").", "}.", "'.")), message
     return message
+
+
+def shortest(number):
+    """A float32 as the float of the fewest digits that stand for it."""
+    return float(str(np.float32(number)))
+
+
+def sqnr(w, q):
+    """Power of the signal over that of the error, dB."""
+    w, q = np.float64(w), np.float64(q)
+    return 10 * math.log10(np.sum(w * w) / np.sum((w - q) ** 2))

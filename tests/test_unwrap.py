@@ -335,7 +335,7 @@ def wrapper_inside():
         (lambda: None, TypeError, "Pass a keras.Model"),
         (lambda: keras.Sequential([layers.Dense(2)]), ValueError, "pass an Input first"),
         (wrapper_inside, ValueError, r"TimeDistributed with \['dense.*Wrap the outer layer"),
-        (off_its_grid, ValueError, "not on its grid"),
+        (off_its_grid, ValueError, "not on the grid of 'kernel'"),
     ],
 )
 def test_what_cannot_be_unwrapped_is_refused(make, error, text):

@@ -1,0 +1,199 @@
+"""The quantized weights of converted layers as files hold them: packed integer codes."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from math import prod
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.packing import pack, packed_size, unpack
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
+from keras_qwrap.substitution import sublayers
+from keras_qwrap.tensors import to_numpy
+from keras_qwrap.weight_paths import own_weights
+
+_SIGNED = 128
+
+
+class PackedWeight:
+    """Stands for a quantized variable in `layer.weights`; reads and writes its codes, packed.
+
+    One byte, `num_bits + 128 * signed`, and the codes as `packing.pack` lays them out, negative
+    ones in two's complement. `signed` says whether there is a negative code.
+
+    Args:
+        path: path of the weight in its layer.
+        variable: the variable, which holds dequantized weights.
+        quantizer: says which codes they have.
+    """
+
+    trainable = False
+    dtype = "uint8"
+
+    def __init__(
+        self, path: str, variable: keras.Variable, quantizer: BaseKerasInferableQuantizer
+    ) -> None:
+        self._weight_path, self.variable, self._quantizer = path, variable, quantizer
+
+    @property
+    def name(self) -> str:
+        """The variable's name."""
+        return self.variable.name
+
+    @property
+    def path(self) -> str:
+        """The variable's path in its model."""
+        return self.variable.path
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Of the packed codes: one axis."""
+        return (1 + packed_size(prod(self.variable.shape), self._quantizer.num_bits),)
+
+    def codes(self) -> np.ndarray:
+        """The codes of the variable's values, int32.
+
+        Raises:
+            ValueError: they are not on the quantizer's grid.
+        """
+        weight = to_numpy(self.variable)
+        codes = self._quantizer.quantize_to_codes(weight)
+        if not np.array_equal(self._dequantized(codes), weight):
+            raise ValueError(
+                f"{self.path}: received values that are not on the grid of '{self._weight_path}' "
+                "in its converted layer, expected those that conversion wrote. Others were "
+                "assigned since; convert the trained layer again."
+            )
+        return codes
+
+    def _dequantized(self, codes: np.ndarray) -> np.ndarray:
+        return to_numpy(ops.cast(self._quantizer.dequantize(codes), self.variable.dtype))
+
+    def numpy(self) -> np.ndarray:
+        """The packed codes.
+
+        Raises:
+            ValueError: the weight is not on its grid, or its codes have more bits than the
+                quantizer says.
+        """
+        codes, bits = self.codes(), self._quantizer.num_bits
+        signed = bool(codes.size) and bool(codes.min() < 0)
+        lowest = -(2 ** (bits - 1)) if signed else 0
+        if codes.size and not (lowest <= codes.min() and codes.max() < lowest + 2**bits):
+            raise bad_value(
+                type(self._quantizer).__name__,
+                (int(codes.min()), int(codes.max())),
+                f"codes of '{self._weight_path}' from {lowest} to {lowest + 2**bits - 1}",
+                "Let `num_bits` give their width.",
+            )
+        header = np.array([bits + _SIGNED * signed], np.uint8)
+        return np.concatenate([header, pack(codes & (2**bits - 1), bits)])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.numpy(), dtype)
+
+    def assign(self, packed: Any) -> None:
+        """Let the variable hold the weights that packed codes stand for."""
+        self.variable.assign(self.unpacked(packed))
+
+    def unpacked(self, packed: Any) -> np.ndarray:
+        """The weights that packed codes stand for, in the variable's shape and dtype.
+
+        Raises:
+            TypeError, ValueError: they are not what `numpy` gives.
+        """
+        bits, shape = self._quantizer.num_bits, tuple(self.variable.shape)
+        fix = "The file is damaged, or is not of this model."
+        packed = np.asarray(packed)
+        if packed.dtype != np.uint8:
+            raise bad_type(self.path, packed.dtype.name, "packed codes, uint8", fix)
+        if packed.shape != self.shape:
+            raise bad_value(self.path, packed.shape, f"packed codes of shape {self.shape}", fix)
+        if packed[0] % _SIGNED != bits:
+            raise bad_value(self.path, int(packed[0] % _SIGNED), f"codes of {bits} bits", fix)
+        codes = unpack(packed[1:], bits, prod(shape)).reshape(shape)
+        if packed[0] >= _SIGNED:
+            codes = np.where(codes < 2 ** (bits - 1), codes, codes - 2**bits)
+        return self._dequantized(codes)
+
+
+Row = tuple[str, keras.Variable, BaseKerasInferableQuantizer]
+
+
+def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWeight]:
+    """Let `layer` and the layers inside it save and load packed codes.
+
+    What a layer writes into a file under some key stays there, except that packed codes take the
+    place of quantized variables.
+
+    Args:
+        layer: a built layer that computes with dequantized weights.
+        rows: path, variable and quantizer of each quantized weight.
+
+    Returns:
+        What stands for each variable, by its `id`.
+    """
+    packed = {id(variable): PackedWeight(path, variable, q) for path, variable, q in rows}
+    for inner in sublayers(layer):
+        if any(id(variable) in packed for variable in own_weights(inner)):
+            save, load = inner.save_own_variables, inner.load_own_variables
+            inner.save_own_variables = partial(_save, save, packed)
+            inner.load_own_variables = partial(_load, save, load, packed)
+    return packed
+
+
+def _save(save: Callable, packed: dict[int, PackedWeight], store: Any) -> None:
+    save(_Writer(store, packed))
+
+
+def _load(save: Callable, load: Callable, packed: dict[int, PackedWeight], store: Any) -> None:
+    keys = _Keys(packed)
+    save(keys)
+    load(_Reader(store, keys.found))
+
+
+class _Writer:
+    """A store that is given packed codes in place of quantized variables."""
+
+    def __init__(self, store: Any, packed: dict[int, PackedWeight]) -> None:
+        self._store, self._packed = store, packed
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._store[key] = self._packed[id(value)].numpy() if id(value) in self._packed else value
+
+
+class _Keys:
+    """A store that keeps nothing but the keys of quantized variables."""
+
+    def __init__(self, packed: dict[int, PackedWeight]) -> None:
+        self.found: dict[str, PackedWeight] = {}
+        self._packed = packed
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if id(value) in self._packed:
+            self.found[key] = self._packed[id(value)]
+
+
+class _Reader:
+    """A store that gives dequantized weights where it holds packed codes."""
+
+    def __init__(self, store: Any, packed: dict[str, PackedWeight]) -> None:
+        self._store, self._packed = store, packed
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._store[key]
+        return self._packed[key].unpacked(value) if key in self._packed else value
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._store
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def keys(self) -> Any:
+        """Those of the store."""
+        return self._store.keys()

@@ -1,0 +1,169 @@
+"""Files of converted layers hold packed codes, and nothing else of a quantized weight."""
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from layer_cases import CASES, METHODS, Composite, floats, weight
+from reference import refused, to_numpy
+
+import keras_qwrap as qi
+from keras_qwrap.packed_weights import PackedWeight
+from keras_qwrap.packing import packed_size
+from keras_qwrap.substitution import sublayers
+
+Wrapper = qi.KerasQuantizationWrapper
+
+
+class Store(dict):
+    """A place for what a layer saves, in numpy as in a file."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, keras.ops.convert_to_numpy(value))
+
+
+def saved(layer):
+    stores = [(inner, Store()) for inner in sublayers(layer)]
+    for inner, store in stores:
+        inner.save_own_variables(store)
+    return stores
+
+
+def converted(layer, inputs, weights, call=()):
+    wrapper = Wrapper(layer, weights)
+    wrapper(*inputs, **dict(call))
+    return wrapper.convert_to_inferable_quantizers()
+
+
+def packed_in(layer):
+    return [weight for weight in layer.weights if isinstance(weight, PackedWeight)]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.weights], ids=lambda c: c.name)
+def test_every_quantized_weight_is_packed(case):
+    layer = converted(case.layer(), case.inputs, case.weights, case.call)
+    codes, values = layer.get_codes(), layer.get_quantized_weights()
+    bits = {path: layer.weights_quantizers[path].num_bits for path in codes}
+    stores = saved(layer)
+    arrays = [array for _, store in stores for array in store.values()]
+    sizes = sorted(array.size for array in arrays if array.dtype == np.uint8)
+    assert sizes == sorted(1 + packed_size(codes[path][0].size, bits[path]) for path in codes)
+    floats_left = [array for array in arrays if array.dtype != np.uint8]
+    quantized = {id(layer.latent_weight(path)) for path in codes}
+    variables = [variable for variable in layer.variables if "float" in variable.dtype]
+    assert len(floats_left) == len([v for v in variables if id(v) not in quantized])
+    for variable in variables:
+        variable.assign(np.full(variable.shape, 0.5, variable.dtype))
+    for inner, store in stores:
+        inner.load_own_variables(store)
+    for path, value in values.items():
+        np.testing.assert_array_equal(to_numpy(layer.latent_weight(path)), value)
+
+
+def test_codes_of_eight_bits_are_bytes():
+    layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(8)})
+    arrays = [array for _, store in saved(layer) for array in store.values()]
+    (packed,) = [array for array in arrays if array.dtype == np.uint8]
+    assert packed[0] == 8 + 128
+    codes = layer.get_codes()["kernel"][0]
+    np.testing.assert_array_equal(packed[1:].view(np.int8), codes.ravel())
+    (stand_in,) = packed_in(layer)
+    assert stand_in.shape == packed.shape == (7,)
+    np.testing.assert_array_equal(np.asarray(stand_in), packed)
+    (got,) = [array for array in layer.get_weights() if array.dtype == np.uint8]
+    np.testing.assert_array_equal(got, packed)
+
+
+def test_codes_without_negative_ones_are_not_signed():
+    layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4, "UNIFORM")})
+    packed = packed_in(layer)[0].numpy()
+    codes = layer.get_codes()["kernel"][0].ravel()
+    assert packed[0] == 4
+    assert packed[1:].tolist() == (codes[::2] + 16 * codes[1::2]).tolist()
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5", ".weights.h5"])
+def test_all_formats_are_packed(ending, tmp_path):
+    inner = keras.Sequential([keras.Input((64,)), layers.Dense(64, name="in")], name="inner")
+    inputs = keras.Input((64,))
+    model = keras.Model(inputs, layers.Dense(64, name="out")(inner(inputs)))
+    new = qi.convert_to_inferable(qi.quantize_model(model, "w2"))
+    path = str(tmp_path / f"model{ending}")
+    (new.save_weights if ending == ".weights.h5" else new.save)(path)
+    if ending == ".keras":
+        loaded = keras.models.load_model(path)
+    elif ending == ".h5":
+        loaded = keras.models.load_model(path, compile=False)
+    else:
+        loaded = qi.convert_to_inferable(qi.quantize_model(keras.models.clone_model(model), "w2"))
+        loaded.load_weights(path)
+    x = floats(4, 64)
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(new(x)))
+    if ending != ".keras":
+        found = []
+        with h5py.File(path) as file:
+            file.visititems(lambda _, part: found.append(part))
+            found = [part[()] for part in found if isinstance(part, h5py.Dataset)]
+        assert [part.size for part in found if part.dtype == np.uint8] == [1 + 64 * 64 // 4] * 2
+        assert sum(part.size for part in found if part.dtype != np.uint8) == 4 * 64
+
+
+def test_a_layer_that_is_not_converted_keeps_its_floats():
+    wrapper = Wrapper(layers.Dense(2, use_bias=False), {"kernel": weight(4)})
+    wrapper(floats(1, 3))
+    (kernel,) = [array for _, store in saved(wrapper) for array in store.values()]
+    np.testing.assert_array_equal(kernel, to_numpy(wrapper.layer.kernel))
+
+
+def test_weights_inside_a_composite_layer_with_state_of_others():
+    weights = {"first/kernel": weight(3), "blocks/1/kernel": weight(5)}
+    layer = converted(Composite(0.5), [floats(2, 3)], weights)
+    shapes = [tuple(w.shape) for w in layer.weights]
+    assert shapes.count((1 + packed_size(12, 3),)) == 1
+    assert shapes.count((1 + packed_size(6, 5),)) == 1
+    assert [w.trainable for w in layer.weights] == [False] * len(shapes)
+
+
+def damaged(change):
+    layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4)})
+    (packed,) = packed_in(layer)
+    return lambda: packed.assign(change(packed.numpy()))
+
+
+def test_what_is_no_packed_weight_is_refused():
+    refused(TypeError, damaged(lambda p: p.astype(np.float32)), "float32", "uint8")
+    refused(ValueError, damaged(lambda p: p[:-1]), "(3,)", "(4,)")
+    refused(ValueError, damaged(lambda p: np.array([5, *p[1:]], np.uint8)), "4 bits")
+    lowest = np.array([4 + 128, 0x88, 0x88, 0x88], np.uint8)
+    refused(ValueError, damaged(lambda p: lowest), "codes from -7 to 7")
+
+
+@qi.mark_quantizer(qi.QuantizationTarget.Weights, [METHODS.SYMMETRIC])
+class Halves(qi.BaseKerasInferableQuantizer):
+    """Of a user, and without clipping."""
+
+    num_bits, scale, zero_point = 3, np.float32(0.5), np.int32(0)
+
+    def __call__(self, inputs):
+        return keras.ops.round(inputs * 2) / 2
+
+    def quantize_to_codes(self, x):
+        return np.round(np.float32(x) * 2).astype(np.int32)
+
+    def dequantize(self, codes):
+        return np.float32(codes) / 2
+
+    def get_config(self):
+        return {}
+
+
+def test_codes_of_a_user_must_have_the_bits_that_they_should():
+    layer = converted(
+        layers.Dense(2, kernel_initializer="ones"), [floats(1, 2)], {"kernel": Halves()}
+    )
+    assert packed_in(layer)[0].numpy().tolist() == [3, 0b10010010, 0b0100]
+    layer.latent_weight("kernel").assign(np.float32([[1, 2], [1.5, -2]]))
+    refused(ValueError, layer.get_weights, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
+    layer.latent_weight("kernel").assign(np.float32([[1, 1], [1.5, -2]]))
+    assert packed_in(layer)[0].numpy().tolist() == [3 + 128, 0b11010010, 0b1000]
