@@ -6,7 +6,11 @@ Importing this package is enough to load any file saved with it.
 from keras_qwrap._version import __version__
 from keras_qwrap.calibration import calibrate
 from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
-from keras_qwrap.files import custom_objects, keras_load_quantized_model
+from keras_qwrap.files import (
+    custom_objects,
+    keras_load_quantized_model,
+    save_quantized_model,
+)
 from keras_qwrap.folding import fold_batch_norm, fold_scales
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.layer_weights import register_layer_weights
@@ -106,5 +110,6 @@ __all__ = [
     "quantization_report",
     "quantize_model",
     "register_layer_weights",
+    "save_quantized_model",
     "unwrap_model",
 ]

@@ -12,8 +12,11 @@ from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
+from keras_qwrap.sealing import check_seal, write_whole
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.wrapper import KerasQuantizationWrapper
+
+ENDINGS = (".keras", ".h5", ".hdf5")
 
 
 def custom_objects() -> dict[str, type]:
@@ -41,6 +44,52 @@ def custom_objects() -> dict[str, type]:
     return {name: cls for name, cls in names.items() if name.startswith(f"{PACKAGE}>")}
 
 
+def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
+    """Save a model, whole or not at all, with a digest.
+
+    As `model.save(path)`, but into a file beside `path` that then takes its place: when the
+    process is killed or the disk is full, `path` leads to the old file or to the new one, never to
+    a part. The SHA-256 digest of all bytes is recorded in the file, where Keras and other readers
+    skip it, and `keras_load_quantized_model` checks it before it opens the file.
+
+    Args:
+        model: a Keras model, quantized or not.
+        path: where to; the name ends with `.keras` (better) or `.h5`. An existing file is replaced.
+
+    Raises:
+        TypeError: `model` is no model, or `path` no path.
+        ValueError: the name ends otherwise, or Keras cannot save the model in that format.
+        OSError: the file cannot be written; what was there is left as it was.
+
+    Example:
+
+    ```python
+    import os, tempfile
+    import keras
+    import keras_qwrap as qi
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    converted = qi.convert_to_inferable(qi.quantize_model(model, "w8"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.keras")
+        qi.save_quantized_model(converted, path)
+        print(qi.keras_load_quantized_model(path).name == model.name)  # True
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise bad_type("model", model, "a Keras model", "Wrap the layer in a model first.")
+    path = _checked_path(path)
+    if not path.endswith(ENDINGS):
+        raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
+    write_whole(path, model.save)
+
+
+def _checked_path(path: Any) -> str:
+    if not isinstance(path, (str, os.PathLike)):
+        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
+    return os.fsdecode(path)
+
+
 def keras_load_quantized_model(
     path: str | os.PathLike,
     custom_objects: Mapping[str, Any] | None = None,
@@ -48,9 +97,11 @@ def keras_load_quantized_model(
 ) -> keras.Model:
     """Load a `.keras` or `.h5` file as `keras.models.load_model` does.
 
-    A damaged `.keras` archive is always recognized. An `.h5` file holds no checksum: a damage that
-    leaves it readable goes unnoticed, and Keras restores no compiled `.h5` whose loss or metric is
-    a string such as "mse" (pass `compile=False`). Prefer `.keras`.
+    In a file of `save_quantized_model` any damage is recognized, before it is opened. Of what plain
+    `model.save` wrote, a damaged `.keras` archive is recognized too; an `.h5` file then has no
+    checksum: a damage that leaves it readable goes unnoticed, and some crash the HDF5 library.
+    Keras restores no compiled `.h5` whose loss or metric is a string such as "mse" (pass
+    `compile=False`). Prefer `.keras`.
 
     Args:
         path: the file.
@@ -78,9 +129,7 @@ def keras_load_quantized_model(
         print(qi.keras_load_quantized_model(path).name == model.name)  # True
     ```
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
-    path = os.fsdecode(path)
+    path = _checked_path(path)
     _check_file(path)
     try:
         return keras.models.load_model(path, custom_objects=custom_objects, compile=compile)
@@ -107,6 +156,7 @@ def _check_file(path: str) -> None:
     """Refuse what is neither a `.keras` archive nor an HDF5 file with a model in it."""
     if not os.path.isfile(path):
         raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
+    check_seal(path)
     if zipfile.is_zipfile(path):
         _check_archive(path)
     elif h5py.is_hdf5(path):

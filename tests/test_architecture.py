@@ -19,6 +19,7 @@ READING_ORDER = [
     "grids",
     "packing",
     "compact",
+    "sealing",
     "channels",
     "ranges",
     "quantizers",
