@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from math import prod
 from typing import Any
 
 import keras
@@ -10,20 +9,17 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.packing import pack, packed_size, unpack
+from keras_qwrap.packing import frame, framed_size, unframe
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.tensors import to_numpy
 from keras_qwrap.weight_paths import own_weights
 
-_SIGNED = 128
-
 
 class PackedWeight:
     """Stands for a quantized variable in `layer.weights`; reads and writes its codes, packed.
 
-    One byte, `num_bits + 128 * signed`, and the codes as `packing.pack` lays them out, negative
-    ones in two's complement. `signed` says whether there is a negative code.
+    `packing.frame` says how: the codes follow a header that names the weight.
 
     Args:
         path: path of the weight in its layer.
@@ -51,8 +47,8 @@ class PackedWeight:
 
     @property
     def shape(self) -> tuple[int]:
-        """Of the packed codes: one axis."""
-        return (1 + packed_size(prod(self.variable.shape), self._quantizer.num_bits),)
+        """Of the header and the packed codes: one axis."""
+        return (framed_size(self._weight_path, self.variable.shape, self._quantizer.num_bits),)
 
     def codes(self) -> np.ndarray:
         """The codes of the variable's values, int32.
@@ -90,8 +86,7 @@ class PackedWeight:
                 f"codes of '{self._weight_path}' from {lowest} to {lowest + 2**bits - 1}",
                 "Let `num_bits` give their width.",
             )
-        header = np.array([bits + _SIGNED * signed], np.uint8)
-        return np.concatenate([header, pack(codes & (2**bits - 1), bits)])
+        return frame(codes, bits, signed, self._weight_path)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.numpy(), dtype)
@@ -113,11 +108,11 @@ class PackedWeight:
             raise bad_type(self.path, packed.dtype.name, "packed codes, uint8", fix)
         if packed.shape != self.shape:
             raise bad_value(self.path, packed.shape, f"packed codes of shape {self.shape}", fix)
-        if packed[0] % _SIGNED != bits:
-            raise bad_value(self.path, int(packed[0] % _SIGNED), f"codes of {bits} bits", fix)
-        codes = unpack(packed[1:], bits, prod(shape)).reshape(shape)
-        if packed[0] >= _SIGNED:
-            codes = np.where(codes < 2 ** (bits - 1), codes, codes - 2**bits)
+        codes, found_bits, path = unframe(packed)
+        if (found_bits, path, codes.shape) != (bits, self._weight_path, shape):
+            found = f"{found_bits} bits for '{path}' of shape {codes.shape}"
+            expected = f"{bits} bits for '{self._weight_path}' of shape {shape}"
+            raise bad_value(self.path, found, expected, fix)
         return self._dequantized(codes)
 
 

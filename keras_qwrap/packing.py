@@ -1,6 +1,15 @@
-"""Integers of a few bits, packed without gaps."""
+"""Integers of a few bits, packed without gaps, and what says how to read them."""
+
+import json
+from collections.abc import Sequence
+from math import prod
 
 import numpy as np
+
+from keras_qwrap.errors import bad_value
+
+_SIGNED = 128
+_PREFIX = 3
 
 _BLOCK = 2**18
 
@@ -61,3 +70,70 @@ def unpack(packed: np.ndarray, num_bits: int, count: int) -> np.ndarray:
         bits = np.unpackbits(part, count=number * num_bits, bitorder="little")
         values[first : first + number] = bits.reshape(number, num_bits) @ powers
     return values
+
+
+def frame(codes: np.ndarray, num_bits: int, signed: bool, path: str) -> np.ndarray:
+    """The codes of a weight, packed, behind a header that says how to read them; bytes.
+
+    - one byte: `num_bits + 128 * signed`,
+    - two bytes, the lower first: the length of what follows,
+    - `{"path": "kernel", "shape": [3, 4]}` in JSON,
+    - the codes as `pack` lays them out; signed ones in two's complement of `num_bits` bits.
+
+    Args:
+        codes: integers that fit into `num_bits` bits.
+        num_bits: 2 to 16.
+        signed: whether codes may be negative.
+        path: path of the weight in its layer.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from keras_qwrap.packing import frame, unframe
+
+    framed = frame(np.array([[-1, 0], [1, 2]]), 4, True, "kernel")
+    codes, num_bits, path = unframe(framed)
+    print(codes.tolist(), num_bits, path)  # [[-1, 0], [1, 2]] 4 kernel
+    ```
+    """
+    text = _header(path, codes.shape)
+    start = bytes([num_bits + _SIGNED * signed]) + len(text).to_bytes(2, "little") + text
+    packed = pack(codes & (2**num_bits - 1), num_bits)
+    return np.concatenate([np.frombuffer(start, np.uint8), packed])
+
+
+def framed_size(path: str, shape: Sequence[int], num_bits: int) -> int:
+    """Bytes that `frame` gives."""
+    return _PREFIX + len(_header(path, shape)) + packed_size(prod(shape), num_bits)
+
+
+def _header(path: str, shape: Sequence[int]) -> bytes:
+    header = {"path": path, "shape": [int(size) for size in shape]}
+    return json.dumps(header, separators=(",", ":")).encode("ascii")
+
+
+def unframe(framed: np.ndarray) -> tuple[np.ndarray, int, str]:
+    """The codes (int32), their bits and the weight's path: the inverse of `frame`.
+
+    Raises:
+        ValueError: this is nothing that `frame` gives.
+    """
+    try:
+        num_bits, signed = int(framed[0]) % _SIGNED, framed[0] >= _SIGNED
+        start = _PREFIX + int(framed[1]) + 256 * int(framed[2])
+        header = json.loads(framed[_PREFIX:start].tobytes())
+        path, shape = header["path"], tuple(header["shape"])
+        whole = (num_bits in range(2, 17), framed.size == framed_size(path, shape, num_bits))
+        exact = framed[_PREFIX:start].tobytes() == _header(path, shape)
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _no_frame(framed) from error
+    if not (all(whole) and exact and min(shape, default=0) >= 0):
+        raise _no_frame(framed)
+    codes = unpack(framed[start:], num_bits, prod(shape)).reshape(shape)
+    return codes - (codes >> (num_bits - 1) << num_bits if signed else 0), num_bits, path
+
+
+def _no_frame(framed: np.ndarray) -> ValueError:
+    what = f"{framed.size} bytes, {framed[:40].tolist()}..."
+    return bad_value("codes", what, "packed codes with a header", "The file is damaged.")

@@ -10,7 +10,7 @@ from reference import refused, to_numpy
 
 import keras_qwrap as qi
 from keras_qwrap.packed_weights import PackedWeight
-from keras_qwrap.packing import packed_size
+from keras_qwrap.packing import frame, framed_size
 from keras_qwrap.substitution import sublayers
 
 Wrapper = qi.KerasQuantizationWrapper
@@ -48,7 +48,7 @@ def test_every_quantized_weight_is_packed(case):
     stores = saved(layer)
     arrays = [array for _, store in stores for array in store.values()]
     sizes = sorted(array.size for array in arrays if array.dtype == np.uint8)
-    assert sizes == sorted(1 + packed_size(codes[path][0].size, bits[path]) for path in codes)
+    assert sizes == sorted(framed_size(path, codes[path][0].shape, bits[path]) for path in codes)
     floats_left = [array for array in arrays if array.dtype != np.uint8]
     quantized = {id(layer.latent_weight(path)) for path in codes}
     variables = [variable for variable in layer.variables if "float" in variable.dtype]
@@ -65,11 +65,12 @@ def test_codes_of_eight_bits_are_bytes():
     layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(8)})
     arrays = [array for _, store in saved(layer) for array in store.values()]
     (packed,) = [array for array in arrays if array.dtype == np.uint8]
-    assert packed[0] == 8 + 128
+    header = b'{"path":"kernel","shape":[3,2]}'
+    assert packed[:-6].tobytes() == bytes([8 + 128, len(header), 0]) + header
     codes = layer.get_codes()["kernel"][0]
-    np.testing.assert_array_equal(packed[1:].view(np.int8), codes.ravel())
+    np.testing.assert_array_equal(packed[-6:].view(np.int8), codes.ravel())
     (stand_in,) = packed_in(layer)
-    assert stand_in.shape == packed.shape == (7,)
+    assert stand_in.shape == packed.shape
     np.testing.assert_array_equal(np.asarray(stand_in), packed)
     (got,) = [array for array in layer.get_weights() if array.dtype == np.uint8]
     np.testing.assert_array_equal(got, packed)
@@ -80,7 +81,7 @@ def test_codes_without_negative_ones_are_not_signed():
     packed = packed_in(layer)[0].numpy()
     codes = layer.get_codes()["kernel"][0].ravel()
     assert packed[0] == 4
-    assert packed[1:].tolist() == (codes[::2] + 16 * codes[1::2]).tolist()
+    assert packed[-3:].tolist() == (codes[::2] + 16 * codes[1::2]).tolist()
 
 
 @pytest.mark.parametrize("ending", [".keras", ".h5", ".weights.h5"])
@@ -105,7 +106,9 @@ def test_all_formats_are_packed(ending, tmp_path):
         with h5py.File(path) as file:
             file.visititems(lambda _, part: found.append(part))
             found = [part[()] for part in found if isinstance(part, h5py.Dataset)]
-        assert [part.size for part in found if part.dtype == np.uint8] == [1 + 64 * 64 // 4] * 2
+        assert [part.size for part in found if part.dtype == np.uint8] == [
+            3 + 33 + 64 * 64 // 4
+        ] * 2
         assert sum(part.size for part in found if part.dtype != np.uint8) == 4 * 64
 
 
@@ -120,8 +123,8 @@ def test_weights_inside_a_composite_layer_with_state_of_others():
     weights = {"first/kernel": weight(3), "blocks/1/kernel": weight(5)}
     layer = converted(Composite(0.5), [floats(2, 3)], weights)
     shapes = [tuple(w.shape) for w in layer.weights]
-    assert shapes.count((1 + packed_size(12, 3),)) == 1
-    assert shapes.count((1 + packed_size(6, 5),)) == 1
+    assert shapes.count((framed_size("first/kernel", (3, 4), 3),)) == 1
+    assert shapes.count((framed_size("blocks/1/kernel", (3, 2), 5),)) == 1
     assert [w.trainable for w in layer.weights] == [False] * len(shapes)
 
 
@@ -133,10 +136,13 @@ def damaged(change):
 
 def test_what_is_no_packed_weight_is_refused():
     refused(TypeError, damaged(lambda p: p.astype(np.float32)), "float32", "uint8")
-    refused(ValueError, damaged(lambda p: p[:-1]), "(3,)", "(4,)")
-    refused(ValueError, damaged(lambda p: np.array([5, *p[1:]], np.uint8)), "4 bits")
-    lowest = np.array([4 + 128, 0x88, 0x88, 0x88], np.uint8)
-    refused(ValueError, damaged(lambda p: lowest), "codes from -7 to 7")
+    refused(ValueError, damaged(lambda p: p[:-1]), "(36,)", "(37,)")
+    refused(ValueError, damaged(lambda p: np.array([5, *p[1:]], np.uint8)), "packed codes")
+    refused(ValueError, damaged(lambda p: np.array([*p[:-3], *[0x88] * 3], np.uint8)), "-7 to 7")
+    other = frame(np.zeros((2, 3), np.int32), 4, True, "kernel")
+    refused(ValueError, damaged(lambda p: other), "(2, 3)", "(3, 2)")
+    other = frame(np.zeros((3, 2), np.int32), 4, True, "keynel")
+    refused(ValueError, damaged(lambda p: other), "'keynel'", "'kernel'")
 
 
 @qi.mark_quantizer(qi.QuantizationTarget.Weights, [METHODS.SYMMETRIC])
@@ -162,8 +168,8 @@ def test_codes_of_a_user_must_have_the_bits_that_they_should():
     layer = converted(
         layers.Dense(2, kernel_initializer="ones"), [floats(1, 2)], {"kernel": Halves()}
     )
-    assert packed_in(layer)[0].numpy().tolist() == [3, 0b10010010, 0b0100]
+    assert packed_in(layer)[0].numpy()[[0, -2, -1]].tolist() == [3, 0b10010010, 0b0100]
     layer.latent_weight("kernel").assign(np.float32([[1, 2], [1.5, -2]]))
     refused(ValueError, layer.get_weights, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
     layer.latent_weight("kernel").assign(np.float32([[1, 1], [1.5, -2]]))
-    assert packed_in(layer)[0].numpy().tolist() == [3 + 128, 0b11010010, 0b1000]
+    assert packed_in(layer)[0].numpy()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_qwrap.packing import pack, packed_size, unpack
+from keras_qwrap.packing import frame, framed_size, pack, packed_size, unframe, unpack
 
 
 def written_out(values, num_bits):
@@ -42,3 +42,45 @@ def test_many_values_of_any_layout(num_bits):
     tail = written_out(values.ravel().tolist()[start:], num_bits)
     assert packed[start * num_bits // 8 :].tolist() == tail
     assert np.array_equal(unpack(packed, num_bits, values.size).reshape(shape), values)
+
+
+SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+
+@given(st.integers(2, 16), SHAPES, st.booleans(), st.text(max_size=20), st.data())
+def test_frames_hold_all_that_is_needed(num_bits, shape, signed, path, data):
+    lowest = -(2 ** (num_bits - 1)) if signed else 0
+    size = int(np.prod(shape))
+    values = st.integers(lowest, lowest + 2**num_bits - 1)
+    drawn = data.draw(st.lists(values, min_size=size, max_size=size))
+    codes = np.array(drawn, np.int32).reshape(shape)
+    framed = frame(codes, num_bits, signed, path)
+    assert framed.dtype == np.uint8
+    assert framed.size == framed_size(path, shape, num_bits)
+    found, found_bits, found_path = unframe(framed)
+    assert (found_bits, found_path, found.dtype, found.shape) == (num_bits, path, np.int32, shape)
+    assert np.array_equal(found, codes)
+
+
+@given(st.data())
+def test_damaged_frames_are_refused_or_other_codes(data):
+    framed = frame(np.arange(6).reshape(2, 3), 5, False, "kernel")
+    changed = framed.copy()
+    place = data.draw(st.integers(0, framed.size - 1))
+    changed[place] = data.draw(st.integers(0, 255))
+    start = framed.size - packed_size(6, 5)
+    if place >= start or changed[place] == framed[place]:
+        assert unframe(changed)[0].shape == (2, 3)
+    elif place == 0 and changed[0] in (5 + 128, 4, 4 + 128):
+        assert unframe(changed)[0].size == 6, "as many bytes"
+    elif place < 3 or framed[place] in b'{}":,[]':
+        with pytest.raises(ValueError, match="packed codes with a header"):
+            unframe(changed)
+
+
+@pytest.mark.parametrize("size", range(45))
+def test_cut_frames_are_refused(size):
+    framed = frame(np.arange(20).reshape(4, 5), 5, True, "kernel")
+    assert framed.size > 45
+    with pytest.raises(ValueError, match="packed codes with a header"):
+        unframe(framed[:size])
