@@ -13,6 +13,7 @@ from keras_qwrap.files import (
 )
 from keras_qwrap.folding import fold_batch_norm, fold_scales
 from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.inspection import inspect_file
 from keras_qwrap.layer_weights import register_layer_weights
 from keras_qwrap.models import convert_to_inferable, unwrap_model
 from keras_qwrap.quantize import quantize_model
@@ -104,6 +105,7 @@ __all__ = [
     "fake_quantize_unclipped",
     "fold_batch_norm",
     "fold_scales",
+    "inspect_file",
     "keras_inferable_quantizers",
     "keras_load_quantized_model",
     "mark_quantizer",

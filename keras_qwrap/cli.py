@@ -2,12 +2,14 @@
 
 import argparse
 import importlib.util
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from keras_qwrap._version import __version__
+from keras_qwrap.inspection import inspect_file
 
 DEMO_PACKAGES = ("rich", "sklearn")
 """Modules of the extra `demo`."""
@@ -16,7 +18,7 @@ DEMO_PACKAGES = ("rich", "sklearn")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0 for success, 1 for failure, 2 for what is missing."""
     options = _parser().parse_args(arguments)
-    return _demo(options)
+    return _demo(options) if options.command == "demo" else _inspect(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +42,14 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=_seed, default=0, help="of data split, weights and batches (0)"
     )
     demo.add_argument("--output", type=_folder, help="folder to keep the saved models in")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a saved model holds",
+        description="Shows the quantized layers, codes, sizes, versions and digest of a .keras or "
+        ".h5 file, without building the model. The exit status is 1 if the file cannot be read.",
+    )
+    inspect.add_argument("file", metavar="FILE", help="a .keras or .h5 file")
+    inspect.add_argument("--json", action="store_true", help="everything, as JSON")
     return parser
 
 
@@ -70,6 +80,16 @@ def _folder(text: str) -> str:
             f"received {text!r}, expected a folder: {error}"
         ) from error
     return text
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    try:
+        found = inspect_file(options.file)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -113,27 +114,71 @@ def _header(path: str, shape: Sequence[int]) -> bytes:
     return json.dumps(header, separators=(",", ":")).encode("ascii")
 
 
+class Header(NamedTuple):
+    """What a frame says of its codes, which begin at byte `start`."""
+
+    num_bits: int
+    signed: bool
+    path: str
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_header(framed: np.ndarray) -> Header | None:
+    """The header of what `frame` gave; None for other bytes."""
+    try:
+        num_bits, signed = int(framed[0]) % _SIGNED, bool(framed[0] >= _SIGNED)
+        start = _PREFIX + int(framed[1]) + 256 * int(framed[2])
+        text = framed[_PREFIX:start].tobytes()
+        header = json.loads(text)
+        path, shape = header["path"], tuple(header["shape"])
+        exact = text == _header(path, shape) and framed.size == framed_size(path, shape, num_bits)
+    except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    if not (exact and num_bits in range(2, 17) and min(shape, default=0) >= 0):
+        return None
+    return Header(num_bits, signed, path, shape, start)
+
+
 def unframe(framed: np.ndarray) -> tuple[np.ndarray, int, str]:
     """The codes (int32), their bits and the weight's path: the inverse of `frame`.
 
     Raises:
         ValueError: this is nothing that `frame` gives.
     """
-    try:
-        num_bits, signed = int(framed[0]) % _SIGNED, framed[0] >= _SIGNED
-        start = _PREFIX + int(framed[1]) + 256 * int(framed[2])
-        header = json.loads(framed[_PREFIX:start].tobytes())
-        path, shape = header["path"], tuple(header["shape"])
-        whole = (num_bits in range(2, 17), framed.size == framed_size(path, shape, num_bits))
-        exact = framed[_PREFIX:start].tobytes() == _header(path, shape)
-    except (IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _no_frame(framed) from error
-    if not (all(whole) and exact and min(shape, default=0) >= 0):
-        raise _no_frame(framed)
-    codes = unpack(framed[start:], num_bits, prod(shape)).reshape(shape)
-    return codes - (codes >> (num_bits - 1) << num_bits if signed else 0), num_bits, path
+    header = read_header(framed)
+    if header is None:
+        what = f"{framed.size} bytes, {framed[:40].tolist()}..."
+        raise bad_value("codes", what, "packed codes with a header", "The file is damaged.")
+    codes = unpack(framed[header.start :], header.num_bits, prod(header.shape))
+    codes = codes.reshape(header.shape)
+    return _with_sign(codes, header), header.num_bits, header.path
 
 
-def _no_frame(framed: np.ndarray) -> ValueError:
-    what = f"{framed.size} bytes, {framed[:40].tolist()}..."
-    return bad_value("codes", what, "packed codes with a header", "The file is damaged.")
+def _with_sign(values: np.ndarray, header: Header) -> np.ndarray:
+    bits = header.num_bits
+    return values - (values >> (bits - 1) << bits) if header.signed else values
+
+
+def histogram(framed: np.ndarray) -> dict[int, int]:
+    """How often each code occurs in what `frame` gave; those that do not occur are left out.
+
+    Raises:
+        ValueError: this is nothing that `frame` gives.
+    """
+    header = read_header(framed)
+    bits = header.num_bits if header else 0
+    if header is None or 8 % bits:
+        codes = unframe(framed)[0]
+        values, counts = np.unique(codes, return_counts=True)
+    else:
+        # Whole codes in each byte: count the bytes, and what they hold.
+        parts = np.array_split(framed[header.start :], 1 + framed.size // _BLOCK)
+        found = sum(np.bincount(part, minlength=256) for part in parts)
+        held = np.arange(256)[:, None] >> np.arange(0, 8, bits) & 2**bits - 1
+        weights = np.repeat(found, 8 // bits)
+        counts = np.bincount(held.ravel(), weights, minlength=2**bits).astype(np.int64)
+        counts[0] -= framed[header.start :].size * 8 // bits - prod(header.shape)
+        values = _with_sign(np.arange(2**bits), header)
+    pairs = zip(values.tolist(), counts.tolist(), strict=True)
+    return {value: count for value, count in sorted(pairs) if count}

@@ -20,6 +20,7 @@ READING_ORDER = [
     "packing",
     "compact",
     "sealing",
+    "inspection",
     "channels",
     "ranges",
     "quantizers",

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_qwrap.packing import frame, framed_size, pack, packed_size, unframe, unpack
+from keras_qwrap.packing import (
+    frame,
+    framed_size,
+    histogram,
+    pack,
+    packed_size,
+    unframe,
+    unpack,
+)
 
 
 def written_out(values, num_bits):
@@ -60,6 +68,8 @@ def test_frames_hold_all_that_is_needed(num_bits, shape, signed, path, data):
     found, found_bits, found_path = unframe(framed)
     assert (found_bits, found_path, found.dtype, found.shape) == (num_bits, path, np.int32, shape)
     assert np.array_equal(found, codes)
+    values, counts = np.unique(codes, return_counts=True)
+    assert histogram(framed) == dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 @given(st.data())

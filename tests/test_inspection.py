@@ -1,0 +1,227 @@
+"""What a file holds, read without building it, against the model that was saved."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from layer_cases import Composite, activation, floats, weight
+from reference import refused
+
+import keras_qwrap as qi
+from keras_qwrap import cli
+from keras_qwrap.packing import framed_size
+from keras_qwrap.subclassed import QuantizedModel
+
+ENDINGS = [".keras", ".h5"]
+Wrapper = qi.KerasQuantizationWrapper
+
+
+def nested():
+    """Layers of the same name in two nested models, an LSTM, and outputs of several kinds."""
+    parts = []
+    for name in ("left", "right"):
+        deep = [keras.Input((4, 5)), layers.Dense(5, name="same")]
+        inner = keras.Sequential(deep, name=f"deep_{name}")
+        parts.append(keras.Sequential([keras.Input((4, 5)), inner, layers.Dense(5)], name=name))
+    inputs = keras.Input((4, 5))
+    x = layers.LSTM(3, name="lstm")(parts[1](parts[0](inputs)))
+    model = keras.Model(inputs, layers.Dense(2, name="same")(x), name="model")
+    for variable in model.variables:
+        variable.assign(np.random.default_rng(0).normal(size=variable.shape).astype(variable.dtype))
+    return model
+
+
+def wrappers(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, Wrapper)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_weight_is_found_with_its_codes(ending, tmp_path):
+    rules = [qi.Rule(name="lstm", weights=qi.WeightsSpec(5))]
+    recipe = qi.Recipe(qi.WeightsSpec(8), qi.ActivationSpec(8), rules=rules)
+    quantized = qi.quantize_model(nested(), recipe, floats(8, 4, 5), verbose=0)
+    converted = qi.convert_to_inferable(quantized)
+    path = str(tmp_path / f"model{ending}")
+    qi.save_quantized_model(converted, path)
+    found = qi.inspect_file(path)
+    expected = {}
+    for wrapper in wrappers(converted):
+        for role, (codes, _, _) in wrapper.get_codes().items():
+            values, counts = np.unique(codes, return_counts=True)
+            bits = wrapper.weights_quantizers[role].num_bits
+            histogram = tuple(zip(values.tolist(), counts.tolist(), strict=True))
+            size = framed_size(role, codes.shape, bits)
+            row = (wrapper.name, role, bits, codes.shape, histogram, size)
+            expected[row] = expected.get(row, 0) + 1
+    got = {}
+    for layer in found.layers:
+        for each in layer.quantizers:
+            if not each.role.startswith("output"):
+                histogram = tuple(each.codes.items())
+                name = layer.path.split("/")[-1]
+                row = (name, each.role, each.num_bits, each.shape, histogram, each.bytes)
+                got[row] = got.get(row, 0) + 1
+    assert got == expected != {}
+    paths = [layer.path for layer in found.layers if layer.class_name == Wrapper.__name__]
+    assert paths.count("left/deep_left/same") == paths.count("right/deep_right/same") == 1
+    assert all(layer.converted for layer in found.layers if layer.inner_class)
+    assert {layer.format_version for layer in found.layers} == {1}
+    assert found.bytes == Path(path).stat().st_size > found.stored_bytes
+    assert found.keras_version == keras.__version__
+    assert len(found.digest) == 64
+
+
+def test_the_codes_of_layers_with_one_name_are_their_own(tmp_path):
+    """Left and right differ; so would a mixture of the two."""
+    converted = qi.convert_to_inferable(qi.quantize_model(nested(), "w4"))
+    for ending in ENDINGS:
+        path = str(tmp_path / f"model{ending}")
+        converted.save(path)
+        rows = {layer.path: layer.quantizers[0] for layer in qi.inspect_file(path).layers}
+        for side in ("left", "right"):
+            wrapper = converted.get_layer(side).get_layer(f"deep_{side}").get_layer("same")
+            codes = wrapper.get_codes()["kernel"][0]
+            values, counts = np.unique(codes, return_counts=True)
+            expected = dict(zip(values.tolist(), counts.tolist(), strict=True))
+            assert rows[f"{side}/deep_{side}/same"].codes == expected
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_model_in_training_has_no_codes(ending, tmp_path):
+    wrapper = Wrapper(
+        layers.Dense(3, name="dense"),
+        {"kernel": weight(6, threshold=[1.0, 2.0, 4.0])},
+        activation(16.0, 7),
+        name="wrapped",
+    )
+    held = qi.KerasActivationQuantizationHolder(
+        qi.ActivationUniformInferableQuantizer(5, -1.0, 3.0), name="held"
+    )
+    model = keras.Sequential([keras.Input((2,)), held, wrapper])
+    path = str(tmp_path / f"model{ending}")
+    model.save(path)
+    holder, layer = qi.inspect_file(path).layers
+    assert (holder.path, holder.inner_class, holder.quantizers[0].range) == ("held", None, (-1, 3))
+    assert (layer.path, layer.inner_class, layer.converted) == ("wrapped", "Dense", False)
+    kernel, output = layer.quantizers
+    assert (kernel.role, kernel.num_bits, kernel.codes, kernel.bytes) == ("kernel", 6, None, 0)
+    assert (output.role, output.num_bits) == ("output_0", 7)
+    assert (kernel.class_name, output.class_name) == (
+        "STEWeightQATQuantizer",
+        "STEActivationQATQuantizer",
+    )
+
+
+@keras.saving.register_keras_serializable("test_inspection")
+class Net(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.part = Composite()
+
+    def call(self, inputs):
+        return self.part(inputs)
+
+
+def test_a_subclassed_model(tmp_path):
+    net = Net(name="net")
+    net(floats(2, 3))
+    weights = {"part/first/kernel": weight(3), "part/blocks/1/kernel": weight(5)}
+    quantized = QuantizedModel(net, weights, {"part/first": activation()})
+    converted = quantized.convert_to_inferable_quantizers()
+    path = str(tmp_path / "model.keras")
+    converted.save(path)
+    (layer,) = qi.inspect_file(path).layers
+    assert (layer.path, layer.class_name, layer.inner_class) == ("net", "QuantizedModel", "Net")
+    bits = {each.role: (each.num_bits, each.shape) for each in layer.quantizers}
+    assert bits == {
+        "part/first/kernel": (3, (3, 4)),
+        "part/blocks/1/kernel": (5, (3, 2)),
+        "part/first: output_0": (8, None),
+    }
+
+
+SCRIPT = """
+import sys
+import keras_qwrap as qi
+print(len(qi.inspect_file(sys.argv[1]).layers))
+"""
+
+
+def test_neither_the_classes_nor_a_whole_config_are_needed(tmp_path):
+    path, broken = str(tmp_path / "model.keras"), str(tmp_path / "broken.keras")
+    model = keras.Sequential([keras.Input((3,)), Wrapper(Composite(), {"first/kernel": weight(4)})])
+    qi.convert_to_inferable(model).save(path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(broken, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            target.writestr(name, data.replace(b"Composite", b"Gone"))
+    refused(ValueError, lambda: qi.keras_load_quantized_model(broken), "Gone")
+    assert qi.inspect_file(broken).layers[0].inner_class == "Gone"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, broken], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1\n"
+
+
+def test_a_plain_model_has_no_layers_to_show(tmp_path):
+    path = str(tmp_path / "model.keras")
+    keras.Sequential([keras.Input((3,)), layers.Dense(2)]).save(path)
+    found = qi.inspect_file(path)
+    assert (found.layers, found.digest, found.stored_bytes) == ((), None, 32)
+    assert str(found).endswith("No quantized layers.")
+
+
+def saved(tmp_path, ending=".keras"):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="dense")])
+    path = str(tmp_path / f"model{ending}")
+    qi.save_quantized_model(qi.convert_to_inferable(qi.quantize_model(model, "w4")), path)
+    return path
+
+
+def test_the_table_and_the_dictionary(tmp_path):
+    path = saved(tmp_path)
+    found = qi.inspect_file(path)
+    text = str(found).splitlines()
+    assert found.digest in text[1]
+    assert text[-2].split() == [
+        *("layer", "class", "tensor", "quantizer", "bits", "range", "shape", "codes", "bytes")
+    ]
+    assert text[-1].split()[:5] == [
+        *("dense", "Dense", "kernel", "WeightsSymmetricInferableQuantizer", "4")
+    ]
+    there = json.loads(json.dumps(found.to_dict()))
+    assert there == found.to_dict()
+    assert there["layers"][0]["quantizers"][0]["shape"] == [3, 2]
+
+
+def test_the_command_line(tmp_path, capsys):
+    path = saved(tmp_path)
+    assert cli.main(["inspect", path]) == 0
+    assert capsys.readouterr().out == f"{qi.inspect_file(path)}\n"
+    assert cli.main(["inspect", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == qi.inspect_file(path).to_dict()
+    assert cli.main(["inspect", str(tmp_path / "none.keras")]) == 1
+    assert "none.keras" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    for ending in ENDINGS:
+        whole = bytearray(Path(saved(tmp_path, ending)).read_bytes())
+        whole[len(whole) // 2] ^= 1
+        (tmp_path / "damaged").write_bytes(whole)
+        refused(OSError, lambda: qi.inspect_file(tmp_path / "damaged"), "digest", "damaged")
+    (tmp_path / "text").write_text("hello")
+    refused(ValueError, lambda: qi.inspect_file(tmp_path / "text"), "text", ".keras")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("a", "b")
+    refused(OSError, lambda: qi.inspect_file(tmp_path / "other.zip"), "other.zip", ".keras")
+    with h5py.File(tmp_path / "weights.h5", "w") as file:
+        file["x"] = np.arange(3)
+    refused(ValueError, lambda: qi.inspect_file(tmp_path / "weights.h5"), "weights.h5", "config")
