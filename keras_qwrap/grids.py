@@ -75,7 +75,7 @@ def _check_codes(codes: Any, lowest: int, highest: int) -> np.ndarray:
     if codes.size and not (lowest <= codes.min() and codes.max() <= highest):
         ends = (int(codes.min()), int(codes.max()))
         raise bad_value("codes", ends, f"codes from {lowest} to {highest}", fix)
-    return codes.astype(np.int32)
+    return codes.astype(np.int32, copy=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class IntegerGrid:
     def decode(self, codes: Any, scale: Any, zero_point: Any = 0) -> np.ndarray:
         """`(codes - zero_point) * scale` as float32; codes off the grid are refused."""
         codes = _check_codes(codes, self.lowest, self.highest)
-        steps = codes - np.asarray(zero_point, dtype=np.int32)
+        zero_point = np.asarray(zero_point, dtype=np.int32)
+        steps = codes - zero_point if np.any(zero_point) else codes
         return steps.astype(np.float32) * np.asarray(scale, dtype=np.float32)
 
 

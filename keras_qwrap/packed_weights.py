@@ -67,7 +67,9 @@ class PackedWeight:
         return codes
 
     def _dequantized(self, codes: np.ndarray) -> np.ndarray:
-        return to_numpy(ops.cast(self._quantizer.dequantize(codes), self.variable.dtype))
+        weights = self._quantizer.dequantize(codes)
+        dtype = self.variable.dtype
+        return weights if weights.dtype == dtype else to_numpy(ops.cast(weights, dtype))
 
     def numpy(self) -> np.ndarray:
         """The packed codes.

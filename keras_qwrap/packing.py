@@ -56,12 +56,14 @@ def pack(values: np.ndarray, num_bits: int) -> np.ndarray:
     return packed
 
 
-def unpack(packed: np.ndarray, num_bits: int, count: int) -> np.ndarray:
-    """The inverse of `pack`: a vector of `count` integers, int32."""
-    if num_bits == 8:
-        return packed.astype(np.int32)
-    if num_bits == 16:
-        return np.ascontiguousarray(packed).view("<u2").astype(np.int32)
+def unpack(packed: np.ndarray, num_bits: int, count: int, signed: bool = False) -> np.ndarray:
+    """The inverse of `pack`: a vector of `count` integers, int32.
+
+    `signed` ones are in two's complement of `num_bits` bits.
+    """
+    if num_bits in (8, 16):
+        kind = np.dtype(f"<{'i' if signed else 'u'}{num_bits // 8}")
+        return np.ascontiguousarray(packed).view(kind).astype(np.int32)
     values = np.empty(count, np.int32)
     powers = 2 ** np.arange(num_bits, dtype=np.int32)
     for first in range(0, count, _BLOCK):
@@ -70,7 +72,12 @@ def unpack(packed: np.ndarray, num_bits: int, count: int) -> np.ndarray:
         part = packed[start : start + packed_size(number, num_bits)]
         bits = np.unpackbits(part, count=number * num_bits, bitorder="little")
         values[first : first + number] = bits.reshape(number, num_bits) @ powers
-    return values
+    return _with_sign(values, num_bits) if signed else values
+
+
+def _with_sign(values: np.ndarray, num_bits: int) -> np.ndarray:
+    """What values from 0 to `2**num_bits - 1` are in two's complement."""
+    return values - (values >> (num_bits - 1) << num_bits)
 
 
 def frame(codes: np.ndarray, num_bits: int, signed: bool, path: str) -> np.ndarray:
@@ -150,14 +157,9 @@ def unframe(framed: np.ndarray) -> tuple[np.ndarray, int, str]:
     if header is None:
         what = f"{framed.size} bytes, {framed[:40].tolist()}..."
         raise bad_value("codes", what, "packed codes with a header", "The file is damaged.")
-    codes = unpack(framed[header.start :], header.num_bits, prod(header.shape))
-    codes = codes.reshape(header.shape)
-    return _with_sign(codes, header), header.num_bits, header.path
-
-
-def _with_sign(values: np.ndarray, header: Header) -> np.ndarray:
-    bits = header.num_bits
-    return values - (values >> (bits - 1) << bits) if header.signed else values
+    number = prod(header.shape)
+    codes = unpack(framed[header.start :], header.num_bits, number, header.signed)
+    return codes.reshape(header.shape), header.num_bits, header.path
 
 
 def histogram(framed: np.ndarray) -> dict[int, int]:
@@ -179,6 +181,7 @@ def histogram(framed: np.ndarray) -> dict[int, int]:
         weights = np.repeat(found, 8 // bits)
         counts = np.bincount(held.ravel(), weights, minlength=2**bits).astype(np.int64)
         counts[0] -= framed[header.start :].size * 8 // bits - prod(header.shape)
-        values = _with_sign(np.arange(2**bits), header)
+        values = np.arange(2**bits)
+        values = _with_sign(values, bits) if header.signed else values
     pairs = zip(values.tolist(), counts.tolist(), strict=True)
     return {value: count for value, count in sorted(pairs) if count}
