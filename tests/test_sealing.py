@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -212,6 +211,16 @@ def test_three_hundred_killed_writers_leave_whole_files(ending, tmp_path):
     assert set(kill_at_random(tmp_path, ending, 150)) == {0, 1}
 
 
+FILL = """
+import functools, resource, runpy, shutil, signal, sys
+module, path, source, limit = sys.argv[1:]
+write_whole = runpy.run_path(module)["write_whole"]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+write_whole(path, functools.partial(shutil.copyfile, source))
+"""
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("limit", [0, 1_000, 200_000, 699_999, 720_000])
 def test_a_full_disk_leaves_the_old_file(ending, limit, tmp_path):
@@ -222,18 +231,8 @@ def test_a_full_disk_leaves_the_old_file(ending, limit, tmp_path):
     path = place / f"model{ending}"
     write_whole(str(path), partial(shutil.copyfile, first))
     before = path.read_bytes()
-    script = (
-        "import runpy, sys; from functools import partial; import shutil; "
-        "sealing = runpy.run_path(sys.argv[1]); "
-        "sealing['write_whole'](sys.argv[2], partial(shutil.copyfile, sys.argv[3]))"
-    )
-    command = [sys.executable, "-c", script, sealing.__file__, str(path), second]
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", FILL, sealing.__file__, str(path), second, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "OSError" in done.stderr
     assert path.read_bytes() == before
