@@ -217,7 +217,7 @@ def _identical(one: Arrays, other: Arrays) -> bool:
 def render(results: dict[str, Result], labels: np.ndarray, same: dict[str, bool]) -> Table:
     """The table that the demo prints."""
     columns = ("", "accuracy", "weight bits", "file size", "outputs identical")
-    table = Table(*columns, caption="Files hold float32 weights, which lie on their grids.")
+    table = Table(*columns, caption="Files of the converted model hold packed integers.")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, result in results.items():

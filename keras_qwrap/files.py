@@ -1,18 +1,17 @@
 """Loading quantized models, and the classes that a saved file may name."""
 
 import os
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import h5py
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.file_checks import check_variables, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
-from keras_qwrap.sealing import check_seal, write_whole
+from keras_qwrap.sealing import write_whole
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
@@ -100,6 +99,9 @@ def keras_load_quantized_model(
     In a file of `save_quantized_model` any damage is recognized, before it is opened. Of what plain
     `model.save` wrote, a damaged `.keras` archive is recognized too; an `.h5` file then has no
     checksum: a damage that leaves it readable goes unnoticed, and some crash the HDF5 library.
+    Before anything is built, sizes, links and configs are checked, so that a hostile file neither
+    fills the memory nor leads elsewhere, and holds no code.
+
     Keras restores no compiled `.h5` whose loss or metric is a string such as "mse" (pass
     `compile=False`). Prefer `.keras`.
 
@@ -130,8 +132,9 @@ def keras_load_quantized_model(
     ```
     """
     path = _checked_path(path)
-    _check_file(path)
+    contents = checked_contents(path)
     try:
+        check_variables(contents, custom_objects)
         return keras.models.load_model(path, custom_objects=custom_objects, compile=compile)
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
@@ -150,65 +153,3 @@ def _reason(error: BaseException) -> str:
         error, inner = inner, inner.__cause__ or inner.__context__
     line = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"
-
-
-def _check_file(path: str) -> None:
-    """Refuse what is neither a `.keras` archive nor an HDF5 file with a model in it."""
-    if not os.path.isfile(path):
-        raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
-    check_seal(path)
-    if zipfile.is_zipfile(path):
-        _check_archive(path)
-    elif h5py.is_hdf5(path):
-        _check_hdf5(path)
-    else:
-        raise bad_value(
-            "path",
-            path,
-            "a .keras archive or an HDF5 file",
-            "The file is truncated or damaged, or was not saved by Keras.",
-        )
-
-
-def _check_hdf5(path: str) -> None:
-    try:
-        with h5py.File(path, "r") as file:
-            holds_model = "model_config" in file.attrs
-    except Exception as error:
-        raise OSError(
-            f"path: received '{path}', expected a whole HDF5 file; reading it failed with "
-            f"{_reason(error)}. Save the model again."
-        ) from error
-    if not holds_model:
-        raise bad_value(
-            "path",
-            path,
-            "an HDF5 file with a model's config",
-            "A file of weights alone is loaded with `model.load_weights`.",
-        )
-    if not path.endswith((".h5", ".hdf5")):
-        raise bad_value("path", path, "the ending .h5 or .hdf5", "Rename the file.")
-
-
-def _check_archive(path: str) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            names = set(archive.namelist())
-    except Exception as error:
-        raise OSError(
-            f"path: received '{path}', expected a whole .keras archive; reading it failed with "
-            f"{_reason(error)}. Save the model again."
-        ) from error
-    if damaged is not None:
-        raise OSError(
-            f"path: received '{path}', expected a whole .keras archive; '{damaged}' in it is "
-            "damaged. Save the model again."
-        )
-    missing = sorted({"config.json", "model.weights.h5"} - names)
-    if missing:
-        raise bad_value(
-            "path", path, f"a .keras archive that holds {missing}", "It was not saved by Keras."
-        )
-    if not path.endswith(".keras"):
-        raise bad_value("path", path, "the ending .keras", "Rename the file.")

@@ -1,11 +1,14 @@
 """Run a layer with some of its variables replaced. The only file that uses non-public Keras."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.legacy.saving.saving_utils import model_from_config
 from keras.src.utils.python_utils import is_default
 
 from keras_qwrap.tensors import Tensor
@@ -70,6 +73,27 @@ def call_with(
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """`layer` and all layers inside it."""
     return layer._flatten_layers()
+
+
+@contextmanager
+def variables_deferred() -> Iterator[None]:
+    """Let variables that are made in here have a shape and no value, now and later."""
+    waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
+    before = list(waiting)
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        waiting[:] = before
+
+
+def described_model(
+    config: dict, custom_objects: Mapping[str, Any] | None, legacy: bool
+) -> keras.Model:
+    """The model that the config of a `.keras` file, or of a legacy `.h5` file, describes."""
+    if legacy:
+        return model_from_config(config, custom_objects=custom_objects)
+    return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
 
 
 def is_rematerialized(layer: keras.Layer) -> bool:

@@ -57,6 +57,7 @@ READING_ORDER = [
     "report_reasons",
     "report_walk",
     "report",
+    "file_checks",
     "files",
     "testing",
     "",

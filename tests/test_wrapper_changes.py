@@ -120,7 +120,7 @@ def test_a_trainable_quantizer_in_a_converted_wrapper_is_refused():
 def test_weights_that_left_their_grid_are_not_given_out():
     converted = built().convert_to_inferable_quantizers()
     converted.latent_weight("kernel").assign(floats(4, 3))
-    with pytest.raises(ValueError, match="not on its grid"):
+    with pytest.raises(ValueError, match="not on the grid of 'kernel'"):
         converted.get_quantized_weights()
 
 

@@ -72,7 +72,7 @@ def _wrong_arguments():
             "which is built",
             "before the first call",
         ),
-        (ValueError, lambda: twice.get_codes(), "get_codes: received layer", "Call it"),
+        (ValueError, lambda: twice.get_codes(), "which is not built", "Call it"),
         (ValueError, lambda: twice.get_quantized_weights(), "not built", "Call it"),
         (ValueError, lambda: twice.convert_to_inferable_quantizers(), "not built", "Call it"),
         (ValueError, lambda: twice.latent_weight("bias"), "name: received 'bias'", "one of"),
