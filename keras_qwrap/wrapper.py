@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from keras import tree
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.packed_weights import store_packed
+from keras_qwrap.packed_weights import store_packed, zeros_for_random
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
@@ -28,11 +29,7 @@ from keras_qwrap.quantizing_layer import (
 )
 from keras_qwrap.substitution import build_layer, call_with, sublayers
 from keras_qwrap.tensors import read, to_numpy
-from keras_qwrap.weight_paths import (
-    check_supported,
-    copy_variables,
-    refuse_replaced_weights,
-)
+from keras_qwrap.weight_paths import check_supported, copy_variables, refuse_replaced_weights
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -175,7 +172,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         self._construction.see_shapes(args, kwargs)
         example = self.for_layer(*(self._construction.example or ((), {})))
         check_supported(self)
-        build_layer(self.layer, args, kwargs, example)
+        with zeros_for_random(self.layer) if self.converted else nullcontext():
+            build_layer(self.layer, args, kwargs, example)
         check_supported(self)
         self._construction.find_quantized(self.layer, sorted(self.weights_quantizers))
         shapes = self._find_output_shapes(*example) if self.activation_quantizers else []

@@ -173,3 +173,23 @@ def test_codes_of_a_user_must_have_the_bits_that_they_should():
     refused(ValueError, layer.get_weights, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
     layer.latent_weight("kernel").assign(np.float32([[1, 1], [1.5, -2]]))
     assert packed_in(layer)[0].numpy()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]
+
+
+def test_converted_layers_draw_no_weights(monkeypatch):
+    """Neither kernels nor those of cells; what is not random stays, and nothing stays behind."""
+
+    def draw(*_args, **_kwargs):
+        raise AssertionError("random weights were drawn")
+
+    wrapper = qi.KerasQuantizationWrapper(layers.LSTM(3), {"cell/kernel": weight()})
+    wrapper.build((None, 4, 2))
+    converted = wrapper.convert_to_inferable_quantizers()
+    config, built = converted.get_config(), converted.get_build_config()
+    for name in ("GlorotUniform", "Orthogonal"):
+        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", draw)
+    copy = qi.KerasQuantizationWrapper.from_config(config)
+    copy.build_from_config(built)
+    np.testing.assert_array_equal(to_numpy(copy.layer.cell.bias), [0] * 3 + [1] * 3 + [0] * 6)
+    assert all("add_weight" not in vars(inner) for inner in sublayers(copy.layer))
+    with pytest.raises(AssertionError, match="random"):
+        type(wrapper).from_config(wrapper.get_config()).build_from_config(built)
