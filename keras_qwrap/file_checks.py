@@ -1,4 +1,4 @@
-"""What is checked of a file before a model is built from it.
+"""What a file holds, read with zipfile, json and h5py alone, and checked.
 
 A file may come from anywhere. So sizes are those that its bytes can stand for, nothing leads out of
 it, and no code is in it.
@@ -8,71 +8,104 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import h5py
 
-from keras_qwrap.errors import bad_value
+from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.sealing import check_seal
-from keras_qwrap.substitution import described_model, variables_deferred
 
 _MOST_TIMES = 20
-_ROOM = 2**26
+_ROOM = 2**28
 _MOST_NODES = 10**6
-_CODE = ("Lambda", "__lambda__", "TorchModuleWrapper", "TFSMLayer")
+_MOST_ELEMENTS = 2**26
+_CODE = ("__lambda__", "TorchModuleWrapper", "TFSMLayer")
+_TRUST = "The file is damaged or hostile; if you trust it, `keras.models.load_model` loads it."
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The config in a file, the bytes of its arrays, and whether it is of the legacy format."""
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        config: of the model.
+        training: of its loss and metrics; the optimizer is left out.
+        stored: bytes that all arrays take in the file.
+        keras_version: of the Keras that wrote it.
+        legacy: whether it is an HDF5 file.
+        found: what was looked for in the arrays.
+    """
 
     path: str
     config: Any
+    training: Any
     stored: int
+    keras_version: str | None
     legacy: bool
+    found: Any
 
 
-def checked_contents(path: str) -> Contents:
+def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: None) -> Contents:
     """What a file holds; refused where it is no model's, damaged or hostile.
 
-    - A sealed file has the bytes that were sealed, and a `.keras` archive those of its checksums.
-    - Archives and arrays are at most 20 times as large as the bytes that they come from, and
-      64 MiB.
-    - Archives hold plain members, HDF5 files no links and no arrays that are stored elsewhere.
-    - Configs hold no code: no Lambda layer, no marshalled function.
+    A sealed file has the bytes that were sealed, and a `.keras` archive those of its checksums. All
+    that an archive holds, and all arrays, are at most 20 times as large as the bytes that they come
+    from, and 256 MiB. Archives hold plain members, HDF5 files no links and no arrays that are
+    stored elsewhere.
+
+    Args:
+        path: the file.
+        look: a function of the HDF5 file of arrays, once that is checked.
 
     Raises:
+        TypeError: `path` is no path.
         OSError: the file does not exist, or is damaged.
         ValueError: it is whole, but not a model's, or hostile.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
+    path = os.fsdecode(path)
     if not os.path.isfile(path):
         raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
     check_seal(path)
     if zipfile.is_zipfile(path):
-        endings: tuple[str, ...] = (".keras",)
-        contents = _read(_read_archive, path, "a whole .keras archive")
-    elif h5py.is_hdf5(path):
-        endings = (".h5", ".hdf5")
-        contents = _read(_read_hdf5, path, "a whole HDF5 file")
-    else:
-        raise bad_value(
-            "path",
-            path,
-            "a .keras archive or an HDF5 file",
-            "The file is truncated or damaged, or was not saved by Keras.",
-        )
-    if not path.endswith(endings):
-        raise bad_value("path", path, f"the ending {' or '.join(endings)}", "Rename the file.")
-    _check_config(path, contents.config)
+        return _read(_read_archive, path, look, "a whole .keras archive")
+    if h5py.is_hdf5(path):
+        return _read(_read_hdf5, path, look, "a whole HDF5 file")
+    raise bad_value(
+        "path",
+        path,
+        "a .keras archive or an HDF5 file",
+        "The file is truncated or damaged, or was not saved by Keras.",
+    )
+
+
+def checked_contents(path: Any) -> Contents:
+    """`read_contents` of a file that a model can be built from.
+
+    Raises:
+        TypeError, OSError, ValueError: as `read_contents`; and for a name that does not end as
+            Keras wants it, and configs that are endless, hold code or have inputs of more than
+            2^26 elements.
+    """
+    contents = read_contents(path)
+    endings = (".h5", ".hdf5") if contents.legacy else (".keras",)
+    if not contents.path.endswith(endings):
+        expected = f"the ending {' or '.join(endings)}"
+        raise bad_value("path", contents.path, expected, "Rename the file.")
+    _check_config(contents.path, [contents.config, contents.training])
     return contents
 
 
-def _read(read: Callable[[str], Contents], path: str, expected: str) -> Contents:
+def _read(
+    read: Callable[[str, Callable], Contents], path: str, look: Callable, expected: str
+) -> Contents:
     try:
-        return read(path)
+        return read(path, look)
     except ValueError:
         raise
     except Exception as error:
@@ -82,32 +115,8 @@ def _read(read: Callable[[str], Contents], path: str, expected: str) -> Contents
         ) from error
 
 
-def check_variables(contents: Contents, custom_objects: Mapping[str, Any] | None) -> None:
-    """Refuse a config whose variables are far larger than what the file holds.
-
-    The model is built for this without its variables. One that cannot be (it fails in any case, or
-    a layer of the user's makes a variable of an array that it has) is not checked.
-
-    Raises:
-        ValueError: the variables need more than 20 times the bytes of the arrays, and 64 MiB.
-    """
-    config = contents.config
-    if isinstance(config, dict):
-        config = {key: value for key, value in config.items() if key != "compile_config"}
-    try:
-        with variables_deferred():
-            model = described_model(config, custom_objects, contents.legacy)
-    except Exception:
-        return
-    needed = sum(prod(v.shape) * _itemsize(v.dtype) for v in model.variables)
-    _check_size(contents.path, "variables", needed, contents.stored)
-
-
-def _itemsize(dtype: str) -> int:
-    return max(1, int("".join(filter(str.isdecimal, dtype)) or 8) // 8)
-
-
-def _check_size(path: str, what: str, size: int, source: int) -> None:
+def check_size(path: str, what: str, size: int, source: int) -> None:
+    """Refuse what is far larger than the bytes that it comes from."""
     if size > _MOST_TIMES * source + _ROOM:
         raise _hostile(
             path,
@@ -117,18 +126,15 @@ def _check_size(path: str, what: str, size: int, source: int) -> None:
 
 
 def _hostile(path: str, received: str, expected: str) -> ValueError:
-    return ValueError(
-        f"path: received '{path}' with {received}, expected {expected}. The file is damaged or "
-        "hostile; do not load it."
-    )
+    return ValueError(f"path: received '{path}' with {received}, expected {expected}. {_TRUST}")
 
 
-def _read_archive(path: str) -> Contents:
+def _read_archive(path: str, look: Callable) -> Contents:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
         size = sum(member.file_size for member in members)
-        _check_size(path, "members", size, os.path.getsize(path))
+        check_size(path, "members", size, os.path.getsize(path))
         _check_names(path, names)
         missing = sorted({"config.json", "model.weights.h5"} - set(names))
         if missing:
@@ -138,9 +144,43 @@ def _read_archive(path: str) -> Contents:
         damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"'{damaged}' in it is damaged")
+        config = _parsed(path, archive.read("config.json"))
+        metadata = archive.read("metadata.json") if "metadata.json" in names else "{}"
+        version = _part(_parsed(path, metadata), "keras_version")
         with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
             stored = _check_arrays(path, file)
-        return Contents(path, _parsed(path, archive.read("config.json")), stored, legacy=False)
+            found = look(file)
+    training = _without(_part(config, "compile_config"), "optimizer")
+    config = _without(config, "compile_config")
+    return Contents(path, config, training, stored, version, legacy=False, found=found)
+
+
+def _read_hdf5(path: str, look: Callable) -> Contents:
+    with h5py.File(path, "r") as file:
+        if "model_config" not in file.attrs:
+            raise bad_value(
+                "path",
+                path,
+                "an HDF5 file with a model's config",
+                "A file of weights alone is loaded with `model.load_weights`.",
+            )
+        config = _parsed(path, file.attrs["model_config"])
+        training = _parsed(path, file.attrs.get("training_config", "{}"))
+        version = file.attrs.get("keras_version")
+        stored = _check_arrays(path, file)
+        found = look(file)
+    training = _without(training, "optimizer_config")
+    return Contents(path, config, training, stored, version, legacy=True, found=found)
+
+
+def _part(config: Any, key: str) -> Any:
+    return config.get(key) if isinstance(config, dict) else None
+
+
+def _without(config: Any, key: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {name: part for name, part in config.items() if name != key}
 
 
 def _check_names(path: str, names: list[str]) -> None:
@@ -150,19 +190,6 @@ def _check_names(path: str, names: list[str]) -> None:
             raise _hostile(path, f"the member {name!r}", "members inside the archive")
     if len(set(names)) < len(names):
         raise _hostile(path, "two members of one name", "one of each")
-
-
-def _read_hdf5(path: str) -> Contents:
-    with h5py.File(path, "r") as file:
-        if "model_config" not in file.attrs:
-            raise bad_value(
-                "path",
-                path,
-                "an HDF5 file with a model's config",
-                "A file of weights alone is loaded with `model.load_weights`.",
-            )
-        stored = _check_arrays(path, file)
-        return Contents(path, _parsed(path, file.attrs["model_config"]), stored, legacy=True)
 
 
 def _parsed(path: str, text: str | bytes) -> Any:
@@ -176,27 +203,31 @@ def _parsed(path: str, text: str | bytes) -> Any:
 
 
 def _check_arrays(path: str, file: h5py.File) -> int:
-    """The bytes of all arrays, which must be in the file."""
-    total = 0
-
-    def visit(name: str, link: Any) -> None:
-        nonlocal total
+    """The bytes that all arrays take; each must be in the file, once."""
+    # Nothing is done in the callback: h5py loses what is raised there.
+    links: list[tuple[str, Any]] = []
+    file.visititems_links(lambda name, link: links.append((name, link)))
+    size = stored = 0
+    seen = {h5py.h5o.get_info(file.id).addr}
+    for name, link in links:
         if not isinstance(link, h5py.HardLink):
             raise _hostile(path, f"a link '{name}'", "groups and arrays")
         part = file[name]
-        if not isinstance(part, h5py.Dataset):
-            return
-        if part.is_virtual or part.external:
-            raise _hostile(path, f"'{name}' in other files", "arrays in this one")
-        _check_size(path, f"'{name}'", part.nbytes, part.id.get_storage_size())
-        total += part.nbytes
-
-    file.visititems_links(visit)
-    return total
+        place = h5py.h5o.get_info(part.id).addr
+        if place in seen:
+            raise _hostile(path, f"a second link '{name}'", "one to each group and array")
+        seen.add(place)
+        if isinstance(part, h5py.Dataset):
+            if part.is_virtual or part.external:
+                raise _hostile(path, f"'{name}' in other files", "arrays in this one")
+            size += part.nbytes
+            stored += part.id.get_storage_size()
+    check_size(path, "arrays", size, stored)
+    return stored
 
 
 def _check_config(path: str, config: Any) -> None:
-    """Refuse code, and configs of endless size."""
+    """Refuse code, endless configs and huge inputs."""
     waiting, seen = [config], 0
     while waiting:
         node = waiting.pop()
@@ -204,13 +235,22 @@ def _check_config(path: str, config: Any) -> None:
         if seen > _MOST_NODES:
             raise _hostile(path, "a config of more values", f"at most {_MOST_NODES:,}")
         if isinstance(node, dict):
-            name = node.get("class_name")
-            if isinstance(name, str) and name.rpartition(">")[2] in _CODE:
-                raise ValueError(
-                    f"path: received '{path}' with a {name}, expected layers without code in the "
-                    "file. Write a layer class in place of it. If you trust the file, Keras loads "
-                    "it with `safe_mode=False`."
-                )
+            _check_part(path, node)
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
+
+
+def _check_part(path: str, node: dict) -> None:
+    for key, shape in node.items():
+        if str(key).endswith("shape") and isinstance(shape, list):
+            elements = prod(abs(n) for n in shape if isinstance(n, int))
+            if elements > _MOST_ELEMENTS:
+                raise _hostile(path, f"a shape {shape}"[:200], f"at most {_MOST_ELEMENTS} elements")
+    config = node.get("config")
+    marshalled = isinstance(config, dict) and config.get("function_type") == "lambda"
+    if node.get("class_name") in _CODE or marshalled:
+        raise ValueError(
+            f"path: received '{path}' with a {node.get('class_name')}, expected layers without "
+            "code in the file. Write a layer class in place of it."
+        )

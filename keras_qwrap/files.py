@@ -1,18 +1,22 @@
 """Loading quantized models, and the classes that a saved file may name."""
 
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from math import prod
 from typing import Any
 
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.file_checks import check_variables, checked_contents
+from keras_qwrap.file_checks import Contents, check_size, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.sealing import write_whole
 from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.substitution import described_model, variables_deferred
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 ENDINGS = (".keras", ".h5", ".hdf5")
@@ -77,16 +81,12 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
     """
     if not isinstance(model, keras.Model):
         raise bad_type("model", model, "a Keras model", "Wrap the layer in a model first.")
-    path = _checked_path(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
+    path = os.fsdecode(path)
     if not path.endswith(ENDINGS):
         raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
     write_whole(path, model.save)
-
-
-def _checked_path(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
-    return os.fsdecode(path)
 
 
 def keras_load_quantized_model(
@@ -131,19 +131,53 @@ def keras_load_quantized_model(
         print(qi.keras_load_quantized_model(path).name == model.name)  # True
     ```
     """
-    path = _checked_path(path)
     contents = checked_contents(path)
+    _check_variables(contents, custom_objects, compile)
     try:
-        check_variables(contents, custom_objects)
-        return keras.models.load_model(path, custom_objects=custom_objects, compile=compile)
+        return keras.models.load_model(
+            contents.path, custom_objects=custom_objects, compile=compile
+        )
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"path: received '{path}', expected a model that Keras saved and can rebuild here. The "
-            "file is damaged, was written by another version, or names classes that must be "
-            "imported or passed as `custom_objects`; compile=False leaves out loss, metrics and "
+            f"path: received '{contents.path}', expected a model that Keras saved and can rebuild "
+            "here. The file is damaged, was written by another version, or names classes that must "
+            "be imported or passed as `custom_objects`; compile=False leaves out loss, metrics and "
             f"optimizer. The reason was {_reason(error)}"
         ) from error
+
+
+def _check_variables(
+    contents: Contents, custom_objects: Mapping[str, Any] | None, compile: bool
+) -> None:
+    """Refuse a config whose variables are far larger than what the file holds.
+
+    Model and metrics are built for this without values of their variables. What cannot be (it fails
+    in any case, or a layer of the user's makes a variable of an array) is not checked.
+    """
+    state = random.getstate()
+    with variables_deferred() as variables:
+        with suppress(Exception):
+            described_model(contents.config, custom_objects, contents.legacy)
+        for metric in _described(contents.training) if compile else ():
+            with suppress(Exception):
+                keras.metrics.deserialize(metric, custom_objects)
+        needed = sum(prod(v.shape) * _itemsize(v.dtype) for v in variables)
+    random.setstate(state)
+    check_size(contents.path, "variables", needed, contents.stored)
+
+
+def _described(config: Any) -> Iterator[dict]:
+    """The outermost objects that a config describes."""
+    if isinstance(config, dict) and "class_name" in config:
+        yield config
+    elif isinstance(config, (dict, list)):
+        for part in config.values() if isinstance(config, dict) else config:
+            yield from _described(part)
+
+
+def _itemsize(dtype: str) -> int:
+    return max(1, int("".join(filter(str.isdecimal, dtype)) or 8) // 8)
 
 
 def _reason(error: BaseException) -> str:
@@ -151,5 +185,5 @@ def _reason(error: BaseException) -> str:
     inner = error.__cause__ or error.__context__
     while inner is not None and str(inner) and str(inner) in str(error):
         error, inner = inner, inner.__cause__ or inner.__context__
-    line = str(error).partition("\n")[0]
+    line = " ".join(str(error).split())
     return f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"

@@ -1,9 +1,7 @@
 """What a saved file holds, read without building anything from it."""
 
-import io
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +11,9 @@ import numpy as np
 
 from keras_qwrap.compact import expand
 from keras_qwrap.errors import bad_value
+from keras_qwrap.file_checks import read_contents
 from keras_qwrap.packing import histogram, read_header
-from keras_qwrap.sealing import check_seal, recorded_digest
+from keras_qwrap.sealing import recorded_digest
 
 _QUANTIZING = ("KerasQuantizationWrapper", "KerasActivationQuantizationHolder", "QuantizedModel")
 
@@ -141,70 +140,40 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     print(layer.path, layer.quantizers[0].role, layer.quantizers[0].num_bits)  # dense kernel 4
     ```
     """
-    path = os.fsdecode(path)
-    digest = recorded_digest(path) if check_seal(path) else None
-    if zipfile.is_zipfile(path):
-        config, version, arrays, stored = _read_archive(path)
-    elif h5py.is_hdf5(path):
-        config, version, arrays, stored = _read_hdf5(path)
-    else:
+    contents = read_contents(path, _arrays)
+    arrays, stored = contents.found
+    digest = recorded_digest(contents.path)
+    try:
+        layers = list(_layers(contents.config, (), root=True))
+        found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
+    except RecursionError as error:
         raise bad_value(
-            "path", path, "a .keras archive or an HDF5 file", "The file is damaged or foreign."
-        )
-    layers = _layers(config, (), root=True)
-    found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
-    return InspectedFile(path, os.path.getsize(path), version, digest, stored, found)
+            "path", contents.path, "a config of less depth", "The file is damaged or hostile."
+        ) from error
+    size = os.path.getsize(contents.path)
+    return InspectedFile(contents.path, size, contents.keras_version, digest, stored, found)
 
 
 Arrays = dict[tuple[tuple[str, ...], str], list[np.ndarray]]
 """Stored codes by the names of the layers they are in, and the path of the weight."""
 
 
-def _read_archive(path: str) -> tuple[Any, str | None, Arrays, int]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            config = json.loads(archive.read("config.json"))
-            metadata = json.loads(archive.read("metadata.json")) if "metadata.json" in names else {}
-            with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
-                arrays, stored = _arrays(file)
-    except (zipfile.BadZipFile, KeyError, RecursionError, UnicodeDecodeError) as error:
-        raise OSError(
-            f"path: received '{path}', expected a whole .keras archive; reading it failed with "
-            f"{type(error).__name__}: {error}. Save the model again."
-        ) from error
-    version = metadata.get("keras_version") if isinstance(metadata, dict) else None
-    return config, version, arrays, stored
-
-
-def _read_hdf5(path: str) -> tuple[Any, str | None, Arrays, int]:
-    with h5py.File(path, "r") as file:
-        if "model_config" not in file.attrs:
-            raise bad_value(
-                "path", path, "an HDF5 file with a model's config", "It holds weights alone."
-            )
-        config = json.loads(file.attrs["model_config"])
-        version = file.attrs.get("keras_version")
-        return config, version, *_arrays(file)
-
-
 def _arrays(file: h5py.File) -> tuple[Arrays, int]:
     """The stored codes, and the bytes of all arrays."""
     found: Arrays = {}
     stored = 0
-
-    def visit(name: str, part: Any) -> None:
-        nonlocal stored
+    names: list[str] = []
+    file.visit(names.append)
+    for name in names:
+        part = file[name]
         if not isinstance(part, h5py.Dataset):
-            return
+            continue
         stored += part.nbytes
         if part.dtype == np.uint8 and part.ndim == 1:
             array = part[()]
             header = read_header(array)
             if header is not None:
                 found.setdefault((_chain(file, name), header.path), []).append(array)
-
-    file.visititems(visit)
     return found, stored
 
 
@@ -283,12 +252,10 @@ def _take(arrays: Arrays, names: tuple[str, ...], role: str) -> np.ndarray | Non
 
 
 def _quantizer(role: str, node: Any, packed: np.ndarray | None) -> InspectedQuantizer:
-    node = node if isinstance(node, dict) else {}
-    config = node.get("config")
-    config = expand(config) if isinstance(config, dict) else {}
+    config = _expanded(_dict(_dict(node).get("config")))
     # A trainable quantizer's config has another one inside.
-    inner = config.get("quantization_config", config)
-    inner = inner.get("config", inner) if isinstance(inner, dict) else {}
+    inner = _dict(config.get("quantization_config", config))
+    inner = _dict(inner.get("config", inner))
     bits = next((inner[key] for key in inner if key.endswith(("num_bits", "n_bits"))), None)
     ends = [inner[key] for key in ("threshold", "min_range", "max_range") if key in inner]
     stored: dict[str, Any] = {}
@@ -296,7 +263,18 @@ def _quantizer(role: str, node: Any, packed: np.ndarray | None) -> InspectedQuan
         header = read_header(packed)
         if header is not None:
             stored = {"shape": header.shape, "codes": histogram(packed), "bytes": packed.size}
-    return InspectedQuantizer(role, str(node.get("class_name")), bits, _ends(ends), **stored)
+    return InspectedQuantizer(role, str(_dict(node).get("class_name")), bits, _ends(ends), **stored)
+
+
+def _dict(node: Any) -> dict:
+    return node if isinstance(node, dict) else {}
+
+
+def _expanded(config: dict) -> dict:
+    try:
+        return expand(config)
+    except ValueError:
+        return config
 
 
 def _ends(values: list) -> tuple[float, float] | None:

@@ -18,9 +18,11 @@ from keras_qwrap.weight_paths import own_weights
 
 
 class PackedWeight:
-    """Stands for a quantized variable in `layer.weights`; reads and writes its codes, packed.
+    """Stands for a quantized variable in `layer.weights`; as an array it is its codes, packed.
 
-    `packing.frame` says how: the codes follow a header that names the weight.
+    So Keras writes packed codes to `.h5` files, and finds the variable's own values in all else:
+    `numpy`, `value`, `shape` and `dtype` are the variable's. `packing.frame` says how codes are
+    packed: they follow a header that names the weight.
 
     Args:
         path: path of the weight in its layer.
@@ -29,12 +31,26 @@ class PackedWeight:
     """
 
     trainable = False
-    dtype = "uint8"
 
     def __init__(
         self, path: str, variable: keras.Variable, quantizer: BaseKerasInferableQuantizer
     ) -> None:
         self._weight_path, self.variable, self._quantizer = path, variable, quantizer
+        self._packed_shape = (framed_size(path, variable.shape, quantizer.num_bits),)
+
+    def numpy(self) -> np.ndarray:
+        """The variable's values."""
+        return to_numpy(self.variable)
+
+    @property
+    def value(self) -> Any:
+        """The variable's value."""
+        return self.variable.value
+
+    @property
+    def dtype(self) -> str:
+        """The variable's."""
+        return self.variable.dtype
 
     @property
     def name(self) -> str:
@@ -47,9 +63,9 @@ class PackedWeight:
         return self.variable.path
 
     @property
-    def shape(self) -> tuple[int]:
-        """Of the header and the packed codes: one axis."""
-        return (framed_size(self._weight_path, self.variable.shape, self._quantizer.num_bits),)
+    def shape(self) -> tuple:
+        """The variable's; it also equals that of the packed codes, which `assign` takes as well."""
+        return _Shape(self.variable.shape, self._packed_shape)
 
     def codes(self) -> np.ndarray:
         """The codes of the variable's values, int32.
@@ -72,8 +88,8 @@ class PackedWeight:
         dtype = self.variable.dtype
         return weights if weights.dtype == dtype else to_numpy(ops.cast(weights, dtype))
 
-    def numpy(self) -> np.ndarray:
-        """The packed codes.
+    def packed(self) -> np.ndarray:
+        """The packed codes, uint8.
 
         Raises:
             ValueError: the weight is not on its grid, or its codes have more bits than the
@@ -92,31 +108,52 @@ class PackedWeight:
         return frame(codes, bits, signed, self._weight_path)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.numpy(), dtype)
+        return np.asarray(self.packed(), dtype)
 
-    def assign(self, packed: Any) -> None:
-        """Let the variable hold the weights that packed codes stand for."""
-        self.variable.assign(self.unpacked(packed))
+    def assign(self, value: Any) -> None:
+        """Let the variable hold weights, or those that packed codes stand for."""
+        array = np.asarray(value)
+        self.variable.assign(self.unpacked(array) if array.dtype == np.uint8 else array)
 
     def unpacked(self, packed: Any) -> np.ndarray:
         """The weights that packed codes stand for, in the variable's shape and dtype.
 
         Raises:
-            TypeError, ValueError: they are not what `numpy` gives.
+            TypeError, ValueError: they are not what `packed` gives.
         """
         bits, shape = self._quantizer.num_bits, tuple(self.variable.shape)
         fix = "The file is damaged, or is not of this model."
         packed = np.asarray(packed)
         if packed.dtype != np.uint8:
             raise bad_type(self.path, packed.dtype.name, "packed codes, uint8", fix)
-        if packed.shape != self.shape:
-            raise bad_value(self.path, packed.shape, f"packed codes of shape {self.shape}", fix)
+        if packed.shape != self._packed_shape:
+            expected = f"packed codes of shape {self._packed_shape}"
+            raise bad_value(self.path, packed.shape, expected, fix)
         codes, found_bits, path = unframe(packed)
         if (found_bits, path, codes.shape) != (bits, self._weight_path, shape):
             found = f"{found_bits} bits for '{path}' of shape {codes.shape}"
             expected = f"{bits} bits for '{self._weight_path}' of shape {shape}"
             raise bad_value(self.path, found, expected, fix)
         return self._dequantized(codes)
+
+
+class _Shape(tuple):
+    """A shape that equals another one as well; Keras compares shapes before it assigns."""
+
+    other: tuple
+
+    def __new__(cls, shape: Iterable[int], other: tuple) -> "_Shape":
+        new = super().__new__(cls, shape)
+        new.other = other
+        return new
+
+    def __eq__(self, shape: object) -> bool:
+        return super().__eq__(shape) or self.other == shape
+
+    def __ne__(self, shape: object) -> bool:
+        return not self == shape
+
+    __hash__ = tuple.__hash__
 
 
 Row = tuple[str, keras.Variable, BaseKerasInferableQuantizer]
@@ -139,6 +176,9 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
     for inner in sublayers(layer):
         if any(id(variable) in packed for variable in own_weights(inner)):
             save, load = inner.save_own_variables, inner.load_own_variables
+            if isinstance(save, partial) and save.func is _save:
+                save.args[1].update(packed)
+                continue
             inner.save_own_variables = partial(_save, save, packed)
             inner.load_own_variables = partial(_load, save, load, packed)
     return packed
@@ -158,7 +198,8 @@ def zeros_for_random(layer: keras.Layer) -> Iterator[None]:
         yield
     finally:
         for inner in inside:
-            del inner.add_weight
+            if "add_weight" in vars(inner):
+                del inner.add_weight
 
 
 def _add_weight(add_weight: Callable, *args: Any, **kwargs: Any) -> keras.Variable:
@@ -172,42 +213,22 @@ def _save(save: Callable, packed: dict[int, PackedWeight], store: Any) -> None:
 
 
 def _load(save: Callable, load: Callable, packed: dict[int, PackedWeight], store: Any) -> None:
-    keys = _Keys(packed)
-    save(keys)
-    load(_Reader(store, keys.found))
+    saved: dict[str, Any] = {}
+    save(saved)
+    load(_Reader(store, {k: packed[id(v)] for k, v in saved.items() if id(v) in packed}))
 
 
-class _Writer:
-    """A store that is given packed codes in place of quantized variables."""
+class _Store:
+    """A store that Keras reads from or writes to."""
 
-    def __init__(self, store: Any, packed: dict[int, PackedWeight]) -> None:
-        self._store, self._packed = store, packed
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._store[key] = self._packed[id(value)].numpy() if id(value) in self._packed else value
-
-
-class _Keys:
-    """A store that keeps nothing but the keys of quantized variables."""
-
-    def __init__(self, packed: dict[int, PackedWeight]) -> None:
-        self.found: dict[str, PackedWeight] = {}
-        self._packed = packed
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if id(value) in self._packed:
-            self.found[key] = self._packed[id(value)]
-
-
-class _Reader:
-    """A store that gives dequantized weights where it holds packed codes."""
-
-    def __init__(self, store: Any, packed: dict[str, PackedWeight]) -> None:
+    def __init__(self, store: Any, packed: dict) -> None:
         self._store, self._packed = store, packed
 
     def __getitem__(self, key: str) -> Any:
-        value = self._store[key]
-        return self._packed[key].unpacked(value) if key in self._packed else value
+        return self._store[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._store[key] = value
 
     def __contains__(self, key: str) -> bool:
         return key in self._store
@@ -218,3 +239,19 @@ class _Reader:
     def keys(self) -> Any:
         """Those of the store."""
         return self._store.keys()
+
+
+class _Writer(_Store):
+    """Is given packed codes in place of quantized variables."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        packed = self._packed.get(id(value))
+        self._store[key] = packed.packed() if packed else value
+
+
+class _Reader(_Store):
+    """Gives dequantized weights where the store holds packed codes."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._store[key]
+        return self._packed[key].unpacked(value) if key in self._packed else value

@@ -16,14 +16,16 @@ _TITLE = b"keras_qwrap sha256 "
 _SEAL_SIZE = len(_TITLE) + 64 + 1
 _BLOCK_SIZE = 512
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_ARCHIVE_END, _ARCHIVE_END_SIZE = b"PK\5\6", 22
 _CHUNK = 2**20
 
 
 def write_whole(path: str, write: Callable[[str], None]) -> None:
     """Let `write(name)` write a file, seal it, and put it where `path` says, all at once.
 
-    `name` is beside `path` and ends as it does. When this process is killed or the disk is full,
-    `path` leads to the old file or to the new one, whole; a hidden file may be left beside it.
+    `name` is beside the file that `path` leads to, and ends as it does. When this process is killed
+    or the disk is full, `path` leads to the old file or to the new one, whole; a hidden file may be
+    left beside it.
 
     Raises:
         OSError: the file cannot be written; `path` is left as it is.
@@ -44,9 +46,15 @@ def write_whole(path: str, write: Callable[[str], None]) -> None:
         print(os.listdir(folder), check_seal(path))  # ['a.zip'] True
     ```
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
-        temporary = os.path.join(scratch, name)
+    path = os.path.realpath(path)
+    folder = os.path.dirname(path)
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise OSError(
+            f"path: received '{path}', expected the name of a file in a folder that exists. Make "
+            "the folder first, or choose another name."
+        )
+    with tempfile.TemporaryDirectory(prefix=".saving.", dir=folder) as scratch:
+        temporary = os.path.join(scratch, f"whole{os.path.splitext(path)[1]}")
         write(temporary)
         seal(temporary)
         if os.path.exists(path):
@@ -101,11 +109,13 @@ def check_seal(path: str) -> bool:
     """Whether a file is sealed, which is then checked: none of its bytes has changed.
 
     Raises:
-        OSError: the bytes are not those that were sealed, or there is no such file.
+        OSError: the bytes are not those that were sealed, the seal is damaged, or there is no such
+            file.
     """
     with open(path, "rb") as file:
         place, recorded = _recorded(file)
         if recorded is None:
+            _check_no_seal(path, file)
             return False
         found = _digest(file, place)
     if found != recorded:
@@ -123,9 +133,23 @@ def _recorded(file: BinaryIO) -> tuple[int, str | None]:
     for place in (0, max(end - _SEAL_SIZE, 0)):
         file.seek(place)
         found = file.read(_SEAL_SIZE)
-        if len(found) == _SEAL_SIZE and found.startswith(_TITLE):
+        if len(found) == _SEAL_SIZE and found.startswith(_TITLE) and found.endswith(b"\n"):
             return place, found[len(_TITLE) : -1].decode("ascii", "replace")
     return 0, None
+
+
+def _check_no_seal(path: str, file: BinaryIO) -> None:
+    """Refuse what is in a seal's place and is none, in a file that Keras leaves empty there."""
+    file.seek(_BLOCK_SIZE)
+    in_front = file.read(len(_HDF5)) == _HDF5
+    place = file.seek(0, os.SEEK_END) - _SEAL_SIZE - _ARCHIVE_END_SIZE
+    file.seek(max(place, 0))
+    behind = place >= 0 and file.read(len(_ARCHIVE_END)) == _ARCHIVE_END
+    if in_front or behind:
+        raise OSError(
+            f"path: received '{path}', expected a file without a seal or with a whole one. It is "
+            "damaged; save the model again, or get the file again."
+        )
 
 
 def _digest(file: BinaryIO, place: int) -> str:

@@ -76,13 +76,17 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
 
 
 @contextmanager
-def variables_deferred() -> Iterator[None]:
-    """Let variables that are made in here have a shape and no value, now and later."""
+def variables_deferred() -> Iterator[list[keras.Variable]]:
+    """Let variables that are made in here have a shape and no value, now and later.
+
+    Gives the list of these variables, which grows.
+    """
     waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
-    before = list(waiting)
+    before = waiting[:]
+    del waiting[:]
     try:
         with keras.StatelessScope(initialize_variables=False):
-            yield
+            yield waiting
     finally:
         waiting[:] = before
 

@@ -1,6 +1,7 @@
 """Weights by name: attribute paths on a layer, and those that are quantized by default."""
 
 import difflib
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -383,3 +384,17 @@ def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
         )
     for a, b in pairs:
         b.assign(to_numpy(a).copy())
+    for part, copied in zip(sublayers(source), sublayers(target), strict=True):
+        _copy_adapted(part, copied)
+
+
+def _copy_adapted(source: Any, target: Any) -> None:
+    """What Keras' preprocessing layers have adapted to, and keep outside their variables."""
+    if hasattr(source, "finalize_state"):
+        store: dict[str, Any] = {}
+        source.save_own_variables(store)
+        target.load_own_variables(store)
+    if hasattr(source, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_assets(folder)
+            target.load_assets(folder)

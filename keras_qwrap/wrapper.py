@@ -371,7 +371,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         return type(self.layer).from_config(self.layer.get_config())
 
     def get_config(self) -> dict:
-        """The constructor's arguments as plain values, and the version of this format."""
+        """The arguments as plain values (long ranges packed), and the version of this format."""
         layer = keras.saving.serialize_keras_object(self.layer)
         layer.pop("build_config", None)
         return {

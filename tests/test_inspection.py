@@ -221,7 +221,38 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     refused(ValueError, lambda: qi.inspect_file(tmp_path / "text"), "text", ".keras")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("a", "b")
-    refused(OSError, lambda: qi.inspect_file(tmp_path / "other.zip"), "other.zip", ".keras")
+    refused(ValueError, lambda: qi.inspect_file(tmp_path / "other.zip"), "other.zip", ".keras")
+    refused(TypeError, lambda: qi.inspect_file(None), "None", "path")
     with h5py.File(tmp_path / "weights.h5", "w") as file:
         file["x"] = np.arange(3)
     refused(ValueError, lambda: qi.inspect_file(tmp_path / "weights.h5"), "weights.h5", "config")
+
+
+def test_hostile_files_are_refused_or_shown(tmp_path):
+    """Neither endless arrays nor configs that no class would have written get through."""
+    path = tmp_path / "model.h5"
+
+    def written(config, arrays=()):
+        with h5py.File(path, "w") as file:
+            file.attrs["model_config"] = config
+            for i, size in enumerate(arrays):
+                file.create_dataset(f"model_weights/{i}", shape=(size,), dtype="u1", chunks=(1024,))
+        return path
+
+    whole = '{"class_name": "Sequential", "config": {"layers": []}}'
+    refused(ValueError, lambda: qi.inspect_file(written(whole, [10**13])), "arrays of", "hostile")
+    refused(ValueError, lambda: qi.inspect_file(written(whole, [2**26] * 5)), "arrays of")
+    for text in ("[" * 5000 + "]" * 5000, "{", ""):
+        refused(ValueError, lambda text=text: qi.inspect_file(written(text)), "model.h5", "JSON")
+    deep = "[" * 900 + "]" * 900
+    assert qi.inspect_file(written(deep)).layers == ()
+    for part in (3, {"config": 3}, {"config": {"quantization_config": {"config": 3}}}):
+        quantizers = {"kernel": part}
+        config = {"name": "w", "layer": 3, "weights_quantizers": quantizers}
+        node = {"class_name": "KerasQuantizationWrapper", "config": config}
+        (layer,) = qi.inspect_file(written(json.dumps([node]))).layers
+        assert layer.quantizers[0].num_bits is None
+    damaged = {"threshold": {"__keras_qwrap_float32__": "no base64"}, "num_bits": 4}
+    config["weights_quantizers"] = {"kernel": {"class_name": "Q", "config": damaged}}
+    (layer,) = qi.inspect_file(written(json.dumps([node]))).layers
+    assert (layer.quantizers[0].num_bits, layer.quantizers[0].range) == (4, None)

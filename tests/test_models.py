@@ -313,3 +313,42 @@ def test_converted_layer_adds_no_operation_to_the_graph(make):
     converted = wrapper.convert_to_inferable_quantizers()
     assert operations(converted) == operations(bare)
     assert len(operations(wrapper)) > len(operations(bare))
+
+
+def test_layers_that_were_adapted_stay_so(tmp_path):
+    """Statistics that no variable holds, in copies, converted and unwrapped models."""
+    normalization = layers.Normalization()
+    normalization.adapt(floats(32, 3) * 5 + 3)
+    model = keras.Sequential([keras.Input((3,)), normalization, layers.Dense(2)])
+    x = floats(4, 3)
+    quantized = qi.quantize_model(model, "w16")
+    np.testing.assert_allclose(to_numpy(quantized(x)), to_numpy(model(x)), atol=1e-3)
+    expected = to_numpy(quantized(x))
+    converted = qi.convert_to_inferable(quantized)
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for other in (converted, loaded, qi.unwrap_model(quantized), qi.unwrap_model(converted)):
+        np.testing.assert_array_equal(to_numpy(other(x)), expected)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("mode", ["int", "multi_hot", "tf_idf"])
+@pytest.mark.parametrize("cls", [layers.StringLookup, layers.TextVectorization])
+def test_vocabularies_that_were_adapted_stay(cls, mode, tmp_path):
+    import tensorflow as tf
+
+    lookup = cls(output_mode=mode)
+    lookup.adapt(np.array([["a"], ["b"], ["c"], ["a"], ["d"]]))
+    inputs = keras.Input((1,), dtype="string")
+    x = lookup(inputs)
+    if mode == "int":
+        x = layers.GlobalAveragePooling1D()(layers.Embedding(9, 3)(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    words = tf.constant([["a"], ["c"], ["x"]])
+    quantized = qi.quantize_model(model, "w16")
+    np.testing.assert_allclose(to_numpy(quantized(words)), to_numpy(model(words)), atol=1e-3)
+    converted = qi.convert_to_inferable(quantized)
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for other in (converted, loaded, qi.unwrap_model(quantized)):
+        np.testing.assert_array_equal(to_numpy(other(words)), to_numpy(quantized(words)))

@@ -70,15 +70,34 @@ def test_codes_of_eight_bits_are_bytes():
     codes = layer.get_codes()["kernel"][0]
     np.testing.assert_array_equal(packed[-6:].view(np.int8), codes.ravel())
     (stand_in,) = packed_in(layer)
-    assert stand_in.shape == packed.shape
     np.testing.assert_array_equal(np.asarray(stand_in), packed)
-    (got,) = [array for array in layer.get_weights() if array.dtype == np.uint8]
-    np.testing.assert_array_equal(got, packed)
+
+
+def test_weights_are_still_the_layers_own():
+    """To all but files: shapes, types, counts, values, and what `set_weights` takes."""
+    bare, inputs = layers.Dense(2), floats(1, 3)
+    layer = converted(bare, [inputs], {"kernel": weight(8)})
+    (stand_in,) = packed_in(layer)
+    kernel = layer.get_quantized_weights()["kernel"]
+    assert tuple(stand_in.shape) == (3, 2) == stand_in.shape
+    assert stand_in.shape == np.asarray(stand_in).shape
+    assert stand_in.shape != (2, 3)
+    assert stand_in.dtype == "float32"
+    assert layer.count_params() == bare.count_params() + 2
+    np.testing.assert_array_equal(to_numpy(stand_in.value), kernel)
+    before = layer.get_weights()
+    (found,) = [array for array in before if array.shape == (3, 2)]
+    np.testing.assert_array_equal(found, kernel)
+    outputs = to_numpy(layer(inputs))
+    layer.set_weights([np.zeros_like(array) for array in before])
+    assert not to_numpy(layer(inputs)).any()
+    layer.set_weights(before)
+    np.testing.assert_array_equal(to_numpy(layer(inputs)), outputs)
 
 
 def test_codes_without_negative_ones_are_not_signed():
     layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4, "UNIFORM")})
-    packed = packed_in(layer)[0].numpy()
+    packed = packed_in(layer)[0].packed()
     codes = layer.get_codes()["kernel"][0].ravel()
     assert packed[0] == 4
     assert packed[-3:].tolist() == (codes[::2] + 16 * codes[1::2]).tolist()
@@ -122,20 +141,21 @@ def test_a_layer_that_is_not_converted_keeps_its_floats():
 def test_weights_inside_a_composite_layer_with_state_of_others():
     weights = {"first/kernel": weight(3), "blocks/1/kernel": weight(5)}
     layer = converted(Composite(0.5), [floats(2, 3)], weights)
-    shapes = [tuple(w.shape) for w in layer.weights]
-    assert shapes.count((framed_size("first/kernel", (3, 4), 3),)) == 1
-    assert shapes.count((framed_size("blocks/1/kernel", (3, 2), 5),)) == 1
-    assert [w.trainable for w in layer.weights] == [False] * len(shapes)
+    sizes = [len(np.asarray(w)) for w in packed_in(layer)]
+    expected = [framed_size("first/kernel", (3, 4), 3), framed_size("blocks/1/kernel", (3, 2), 5)]
+    assert sorted(sizes) == sorted(expected)
+    assert not any(w.trainable for w in layer.weights)
 
 
 def damaged(change):
     layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4)})
     (packed,) = packed_in(layer)
-    return lambda: packed.assign(change(packed.numpy()))
+    return lambda: packed.assign(change(packed.packed()))
 
 
 def test_what_is_no_packed_weight_is_refused():
-    refused(TypeError, damaged(lambda p: p.astype(np.float32)), "float32", "uint8")
+    (packed,) = packed_in(converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4)}))
+    refused(TypeError, lambda: packed.unpacked(packed.numpy()), "float32", "uint8")
     refused(ValueError, damaged(lambda p: p[:-1]), "(36,)", "(37,)")
     refused(ValueError, damaged(lambda p: np.array([5, *p[1:]], np.uint8)), "packed codes")
     refused(ValueError, damaged(lambda p: np.array([*p[:-3], *[0x88] * 3], np.uint8)), "-7 to 7")
@@ -168,11 +188,11 @@ def test_codes_of_a_user_must_have_the_bits_that_they_should():
     layer = converted(
         layers.Dense(2, kernel_initializer="ones"), [floats(1, 2)], {"kernel": Halves()}
     )
-    assert packed_in(layer)[0].numpy()[[0, -2, -1]].tolist() == [3, 0b10010010, 0b0100]
+    assert packed_in(layer)[0].packed()[[0, -2, -1]].tolist() == [3, 0b10010010, 0b0100]
     layer.latent_weight("kernel").assign(np.float32([[1, 2], [1.5, -2]]))
-    refused(ValueError, layer.get_weights, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
+    refused(ValueError, packed_in(layer)[0].packed, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
     layer.latent_weight("kernel").assign(np.float32([[1, 1], [1.5, -2]]))
-    assert packed_in(layer)[0].numpy()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]
+    assert packed_in(layer)[0].packed()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]
 
 
 def test_converted_layers_draw_no_weights(monkeypatch):
@@ -193,3 +213,44 @@ def test_converted_layers_draw_no_weights(monkeypatch):
     assert all("add_weight" not in vars(inner) for inner in sublayers(copy.layer))
     with pytest.raises(AssertionError, match="random"):
         type(wrapper).from_config(wrapper.get_config()).build_from_config(built)
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5", ".weights.h5"])
+def test_a_wrapper_around_a_wrapper_saves_both_its_weights(ending, tmp_path):
+    inner = Wrapper(layers.SeparableConv1D(3, 2), {"depthwise_kernel": weight()})
+    outer = Wrapper(inner, {"layer/pointwise_kernel": weight()})
+    model = keras.Sequential([keras.Input((4, 2)), outer])
+    new = qi.convert_to_inferable(model)
+    path = str(tmp_path / f"model{ending}")
+    if ending == ".weights.h5":
+        new.save_weights(path)
+        loaded = qi.convert_to_inferable(keras.models.clone_model(model))
+        loaded.load_weights(path)
+    else:
+        new.save(path)
+        loaded = keras.models.load_model(path)
+    np.testing.assert_array_equal(
+        to_numpy(loaded(floats(2, 4, 2))), to_numpy(model(floats(2, 4, 2)))
+    )
+
+
+@keras.saving.register_keras_serializable("test_packed")
+class Counting(layers.Dense):
+    """Reads the store that it saves to."""
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["count"] = np.float32([len(store), "0" in store, len(list(store.keys()))])
+
+    def load_own_variables(self, store):
+        assert store["count"].tolist() == [2, 1, 2]
+        self.kernel.assign(store["0"])
+        self.bias.assign(store["1"])
+
+
+def test_a_layer_may_read_what_it_saves(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), Wrapper(Counting(2), {"kernel": weight()})])
+    model.layers[0].layer.bias.assign([1.0, 2.0])
+    qi.convert_to_inferable(model).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(floats(2, 3))), to_numpy(model(floats(2, 3))))

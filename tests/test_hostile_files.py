@@ -1,0 +1,201 @@
+"""What `keras_load_quantized_model` refuses before it builds anything, and what it does not."""
+
+import json
+import random
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from layer_cases import floats, weight
+from reference import refused, to_numpy
+
+import keras_qwrap as qi
+
+load = qi.keras_load_quantized_model
+
+
+def saved(folder, *parts, ending=".keras", compiled=False):
+    """A file of a small model that begins with these layers."""
+    wrapper = qi.KerasQuantizationWrapper(layers.Dense(2, name="dense"), {"kernel": weight()})
+    model = keras.Sequential([keras.Input((3,)), *parts, wrapper])
+    if compiled:
+        model.compile(loss=keras.losses.MeanSquaredError(), metrics=[keras.metrics.MeanIoU(2)])
+        model.fit(floats(2, 3), np.ones((2, 2)), verbose=0)
+    model.save(folder / f"model{ending}")
+    return folder / f"model{ending}"
+
+
+def with_config(path, old, new):
+    """Change the config in a file, as text."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "a") as file:
+            for name in ("model_config", "training_config"):
+                if name in file.attrs:
+                    file.attrs[name] = file.attrs[name].replace(old, new)
+        return path
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    assert old.encode() in members["config.json"]
+    members["config.json"] = members["config.json"].replace(old.encode(), new.encode())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def with_arrays(path, change):
+    """Change the HDF5 file of a `.keras` archive."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    weights = path.with_suffix(".weights")
+    weights.write_bytes(members["model.weights.h5"])
+    with h5py.File(weights, "a") as file:
+        change(file)
+    members["model.weights.h5"] = weights.read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_huge_variables_are_refused(ending, tmp_path):
+    path = with_config(saved(tmp_path, ending=ending), '"units": 2', '"units": 500000000')
+    refused(ValueError, lambda: load(path), str(path), "variables of 8,000,000", "hostile")
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_huge_metrics_are_refused(ending, tmp_path):
+    path = saved(tmp_path, ending=ending, compiled=True)
+    assert load(path).compiled
+    path = with_config(path, '"num_classes": 2', '"num_classes": 40000')
+    refused(ValueError, lambda: load(path), "variables of 12,800", "hostile")
+    assert not load(path, compile=False).compiled
+
+
+def test_huge_arrays_are_refused_even_one_by_one(tmp_path):
+    def change(file):
+        for i in range(9):
+            file.create_dataset(f"more/{i}", shape=(2**25,), dtype="u1", chunks=(1024,))
+
+    path = with_arrays(saved(tmp_path), change)
+    refused(ValueError, lambda: load(path), "arrays of", "hostile", "keras.models.load_model")
+
+
+def test_links_are_refused(tmp_path):
+    def soft(file):
+        file["more"] = h5py.SoftLink("/layers")
+
+    def outer(file):
+        file["more"] = h5py.ExternalLink("/etc/passwd", "/")
+
+    def again(file):
+        file["more"] = file["layers/keras_quantization_wrapper/layer/vars/0"]
+
+    def around(file):
+        file["more"] = file["/"]
+
+    def elsewhere(file):
+        layout = h5py.VirtualLayout(shape=(4,), dtype="f4")
+        layout[:] = h5py.VirtualSource("/etc/passwd", "x", shape=(4,))
+        file.create_virtual_dataset("more", layout)
+
+    for change, part in [(soft, "link"), (outer, "link"), (again, "second"), (around, "second")]:
+        path = with_arrays(saved(tmp_path), change)
+        refused(ValueError, lambda path=path: load(path), f"{part}", "'more'", "hostile")
+    path = with_arrays(saved(tmp_path), elsewhere)
+    refused(ValueError, lambda: load(path), "'more' in other files", "hostile")
+
+
+def test_archives_are_plain_and_small(tmp_path):
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for name in ("../evil", "/evil", "C:\\evil", "assets/../../evil", "a\\..\\b"):
+        path.write_bytes(whole)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, b"evil")
+        refused(ValueError, lambda: load(path), "the member", "inside the archive")
+    path.write_bytes(whole)
+    with (
+        pytest.warns(UserWarning, match="Duplicate"),
+        zipfile.ZipFile(path, "a") as archive,
+    ):
+        archive.writestr("config.json", b"{}")
+    refused(ValueError, lambda: load(path), "two members of one name")
+    path.write_bytes(whole)
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("bomb", "w") as bomb,
+    ):
+        for _ in range(300):
+            bomb.write(bytes(2**20))
+    refused(ValueError, lambda: load(path), "members of", "hostile")
+
+
+def test_huge_inputs_and_endless_configs_are_refused(tmp_path):
+    path = saved(tmp_path, layers.Normalization(mean=0.0, variance=1.0))
+    path = with_config(path, "3]", "300000000]")
+    refused(ValueError, lambda: load(path), "a shape [None, 300000000]", "67108864 elements")
+    path = with_config(saved(tmp_path), '"units": 2', f'"units": {json.dumps([0] * 10**6)}')
+    refused(ValueError, lambda: load(path), "a config of more values", "1,000,000")
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+def plus_one(x):
+    """Named by a file, not stored in it."""
+    return x + 1
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+class Lambda(layers.Layer):
+    """Of a user, and no code."""
+
+    def call(self, inputs):
+        return inputs
+
+
+def test_code_is_refused_and_registered_functions_are_not(tmp_path):
+    for ending in (".keras", ".h5"):
+        path = saved(tmp_path, layers.Lambda(lambda x: x + 1, output_shape=(3,)), ending=ending)
+        refused(ValueError, lambda path=path: load(path), "code in the file")
+    path = saved(tmp_path, layers.Lambda(plus_one, output_shape=(3,)), Lambda())
+    np.testing.assert_array_equal(
+        to_numpy(load(path)(floats(2, 3))), to_numpy(keras.models.load_model(path)(floats(2, 3)))
+    )
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+class Scaled(layers.Layer):
+    """Makes a variable of an array, and another one that no file holds."""
+
+    def build(self, shape):
+        self.scale = keras.Variable(np.float32([2.0] * shape[-1]), name="scale")
+        self.table = keras.Variable(np.zeros(10**6, np.float32), trainable=False, name="table")
+
+    def call(self, inputs):
+        return inputs * self.scale
+
+    def save_own_variables(self, store):
+        pass
+
+    def load_own_variables(self, store):
+        pass
+
+
+def test_layers_of_users_are_not_taken_for_hostile(tmp_path):
+    model = keras.models.load_model(saved(tmp_path, Scaled()))
+    loaded = load(tmp_path / "model.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(floats(2, 3))), to_numpy(model(floats(2, 3))))
+
+
+def test_checks_draw_no_random_numbers(tmp_path):
+    path = saved(tmp_path, layers.Dropout(0.5))
+    states = []
+    for loader in (load, keras.models.load_model):
+        random.seed(0)
+        loader(path)
+        states.append(random.getstate())
+    assert states[0] == states[1]
