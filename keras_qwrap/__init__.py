@@ -15,6 +15,7 @@ from keras_qwrap.folding import fold_batch_norm, fold_scales
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inspection import inspect_file
 from keras_qwrap.layer_weights import register_layer_weights
+from keras_qwrap.migration import migrate_mct_file
 from keras_qwrap.models import convert_to_inferable, unwrap_model
 from keras_qwrap.quantize import quantize_model
 from keras_qwrap.quantizers import inferable as keras_inferable_quantizers
@@ -109,6 +110,7 @@ __all__ = [
     "keras_inferable_quantizers",
     "keras_load_quantized_model",
     "mark_quantizer",
+    "migrate_mct_file",
     "quantization_report",
     "quantize_model",
     "register_layer_weights",

@@ -59,6 +59,7 @@ READING_ORDER = [
     "report_walk",
     "report",
     "files",
+    "migration",
     "testing",
     "",
     "demo",
