@@ -22,6 +22,13 @@ _MOST_TIMES = 20
 _ROOM = 2**28
 _MOST_NODES = 10**6
 _MOST_ELEMENTS = 2**26
+_MOST = 2**24
+_IDENTITIES = ("", "seed", "salt", "shared_object_id", "mask_token", "oov_token")
+"""Keys of numbers that are no sizes; those without a key are parts of lists."""
+
+_SHAPES = ("args", "kwargs", "call", "outputs")
+"""Keys of shapes in what a wrapper is built from."""
+
 _CODE = ("__lambda__", "TorchModuleWrapper", "TFSMLayer")
 _TRUST = "The file is damaged or hostile; if you trust it, `keras.models.load_model` loads it."
 
@@ -89,15 +96,15 @@ def checked_contents(path: Any) -> Contents:
 
     Raises:
         TypeError, OSError, ValueError: as `read_contents`; and for a name that does not end as
-            Keras wants it, and configs that are endless, hold code or have inputs of more than
-            2^26 elements.
+            Keras wants it, and configs that are endless, hold code, shapes of more than 2^26
+            elements or, in Keras' own objects, sizes above 2^24 and the bytes of the arrays.
     """
     contents = read_contents(path)
     endings = (".h5", ".hdf5") if contents.legacy else (".keras",)
     if not contents.path.endswith(endings):
         expected = f"the ending {' or '.join(endings)}"
         raise bad_value("path", contents.path, expected, "Rename the file.")
-    _check_config(contents.path, [contents.config, contents.training])
+    _check_config(contents.path, [contents.config, contents.training], contents.stored)
     return contents
 
 
@@ -226,27 +233,36 @@ def _check_arrays(path: str, file: h5py.File) -> int:
     return stored
 
 
-def _check_config(path: str, config: Any) -> None:
-    """Refuse code, endless configs and huge inputs."""
-    waiting, seen = [config], 0
+def _check_config(path: str, config: Any, stored: int) -> None:
+    """Refuse code, endless configs, and numbers and shapes that would fill the memory."""
+    waiting: list[tuple[str, Any, bool, bool]] = [("", config, False, False)]
+    seen, most = 0, max(_MOST, stored)
     while waiting:
-        node = waiting.pop()
+        key, node, in_shape, of_user = waiting.pop()
         seen += 1
         if seen > _MOST_NODES:
             raise _hostile(path, "a config of more values", f"at most {_MOST_NODES:,}")
         if isinstance(node, dict):
-            _check_part(path, node)
-            waiting += node.values()
+            _check_code(path, node)
+            if "class_name" in node:
+                name = str(node.get("registered_name") or node["class_name"])
+                of_user = ">" in name and not name.startswith("keras_qwrap>")
+            waiting += [(str(name), part, in_shape, of_user) for name, part in node.items()]
         elif isinstance(node, list):
-            waiting += node
+            in_shape = in_shape or key.endswith("shape") or key in _SHAPES
+            _check_shape(path, node if in_shape else [])
+            waiting += [("", part, in_shape, of_user) for part in node]
+        elif isinstance(node, int) and abs(node) > most and not (of_user or key in _IDENTITIES):
+            raise _hostile(path, f"{key}={node}", f"at most {most:,}")
 
 
-def _check_part(path: str, node: dict) -> None:
-    for key, shape in node.items():
-        if str(key).endswith("shape") and isinstance(shape, list):
-            elements = prod(abs(n) for n in shape if isinstance(n, int))
-            if elements > _MOST_ELEMENTS:
-                raise _hostile(path, f"a shape {shape}"[:200], f"at most {_MOST_ELEMENTS} elements")
+def _check_shape(path: str, shape: list) -> None:
+    elements = prod(abs(n) for n in shape if isinstance(n, int))
+    if elements > _MOST_ELEMENTS:
+        raise _hostile(path, f"a shape {shape}"[:200], f"at most {_MOST_ELEMENTS} elements")
+
+
+def _check_code(path: str, node: dict) -> None:
     config = node.get("config")
     marshalled = isinstance(config, dict) and config.get("function_type") == "lambda"
     if node.get("class_name") in _CODE or marshalled:

@@ -132,7 +132,7 @@ def keras_load_quantized_model(
     ```
     """
     contents = checked_contents(path)
-    _check_variables(contents, custom_objects, compile)
+    check_variables(contents, custom_objects, compile)
     try:
         return keras.models.load_model(
             contents.path, custom_objects=custom_objects, compile=compile
@@ -147,7 +147,7 @@ def keras_load_quantized_model(
         ) from error
 
 
-def _check_variables(
+def check_variables(
     contents: Contents, custom_objects: Mapping[str, Any] | None, compile: bool
 ) -> None:
     """Refuse a config whose variables are far larger than what the file holds.

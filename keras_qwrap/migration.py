@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -14,16 +15,16 @@ import keras
 import numpy as np
 
 from keras_qwrap.errors import bad_value
-from keras_qwrap.file_checks import checked_contents
-from keras_qwrap.files import save_quantized_model
+from keras_qwrap.file_checks import Contents, checked_contents
+from keras_qwrap.files import check_variables, save_quantized_model
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.models import convert_to_inferable
 from keras_qwrap.quantizers import inferable
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE
-from keras_qwrap.quantizing_layer import FORMAT_VERSION
-from keras_qwrap.substitution import described_model
-from keras_qwrap.weight_paths import find_weight
+from keras_qwrap.quantizing_layer import FORMAT_VERSION, QuantizingLayer
+from keras_qwrap.substitution import described_model, sublayers
+from keras_qwrap.weight_paths import find_weight, own_weights
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 _WRAPPER, _HOLDER = KerasQuantizationWrapper.__name__, KerasActivationQuantizationHolder.__name__
@@ -35,7 +36,14 @@ _QUANTIZERS = {
 _MODELS = ("Functional", "Sequential", "Model")
 _RENAMED = {"depthwise_kernel": "kernel"}
 _DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
-_UNUSED = ("_initializer", "_regularizer", "_constraint", "_shape", "implementation")
+_UNUSED = (
+    "_initializer",
+    "_regularizer",
+    "_constraint",
+    "_shape",
+    "implementation",
+    "input_length",
+)
 """Ends of arguments without effect on outputs, where a layer of Keras 3 does not take them."""
 
 Slots: TypeAlias = "list[keras.Variable | None]"
@@ -75,22 +83,50 @@ def migrate_mct_file(source: str | os.PathLike, destination: str | os.PathLike) 
             print(str(error).partition("received")[0])  # path:
     ```
     """
-    source = os.fsdecode(source)
     contents = checked_contents(source)
-    _check_parts(source, contents.config)
-    model = described_model(_translated(contents.config), None, legacy=True)
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
+    try:
+        model = _migrated(contents)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"source: received '{contents.path}', expected a model as MCT saves it; reading it "
+            f"failed with {type(error).__name__}: {str(error)[:400]}. The file is damaged, or was "
+            "written by another version."
+        ) from error
+    save_quantized_model(convert_to_inferable(model), destination)
+
+
+def _migrated(contents: Contents) -> keras.Model:
+    """The model of a file, with its weights and not yet converted."""
+    _check_parts(contents.path, contents.config)
+    config = _translated(contents.config)
+    check_variables(replace(contents, config=config, legacy=True), None, compile=False)
+    model = described_model(config, None, legacy=True)
+    if contents.legacy:
+        with h5py.File(contents.path, "r") as file:
+            pairs = list(_from_hdf5(model, file["model_weights"]))
+    else:
+        with zipfile.ZipFile(contents.path) as archive:
             weights = io.BytesIO(archive.read("model.weights.h5"))
         with h5py.File(weights, "r") as file:
             pairs = list(_from_archive(model, file))
-    else:
-        with h5py.File(source, "r") as file:
-            pairs = list(_from_hdf5(model, file["model_weights"]))
-    for slot, array in pairs:
-        if slot is not None:
-            slot.assign(array)
-    save_quantized_model(convert_to_inferable(model), destination)
+    given = [(slot, array) for slot, array in pairs if slot is not None]
+    for slot, array in given:
+        slot.assign(array)
+    _check_all_given(contents.path, model, {id(slot) for slot, _ in given})
+    return model
+
+
+def _check_all_given(source: str, model: keras.Model, given: set[int]) -> None:
+    """Refuse a file that does not have all weights of the model."""
+    layers = [layer for layer in sublayers(model) if not isinstance(layer, QuantizingLayer)]
+    missing = [v.path for layer in layers for v in own_weights(layer) if id(v) not in given]
+    if missing:
+        raise bad_value(
+            "source",
+            source,
+            f"arrays for {', '.join(sorted(missing))}",
+            "The file is damaged, or these layers are others in Keras 3.",
+        )
 
 
 def _check_parts(source: str, config: Any) -> None:
@@ -115,7 +151,9 @@ def _check_parts(source: str, config: Any) -> None:
             for key, value in (
                 _unknown(name, _renamed(name, inside)) if _is_layer(node) else {}
             ).items()
-            if not key.endswith(_UNUSED) and value not in (None, False, 1)
+            if not (
+                key.endswith(_UNUSED) or value in (None, False) or (key, value) == ("groups", 1)
+            )
         }
         if "Quantizer" in name and name not in _QUANTIZERS:
             wrong.add(name)
@@ -297,12 +335,17 @@ def _quantized(wrapper: KerasQuantizationWrapper) -> list[keras.Variable]:
 
 def _from_archive(model: keras.Model, root: h5py.Group) -> Iterator[Pair]:
     """Variables and arrays of a `.keras` file: groups as layers are in each other."""
+    for layer, group in _listed(model.layers, root["layers"]):
+        yield from _from_group(layer, group)
+
+
+def _listed(layers: list, group: h5py.Group) -> Iterator[tuple[Any, h5py.Group]]:
+    """The group of each layer in a list: they are named by class, and counted."""
     taken: Counter = Counter()
-    for layer in model.layers:
+    for layer in layers:
         stem = _snake_case(type(layer).__name__)
-        name = f"{stem}_{taken[stem]}" if taken[stem] else stem
+        yield layer, group[f"{stem}_{taken[stem]}" if taken[stem] else stem]
         taken[stem] += 1
-        yield from _from_group(layer, root["layers"][name])
 
 
 def _from_group(layer: keras.Layer, group: h5py.Group) -> Iterator[Pair]:
@@ -326,8 +369,11 @@ def _from_layer(
     yield from _paired(layer, [v for v in own if all(v is not t for t in taken)], _own(group))
     for name in group:
         part = getattr(layer, name, getattr(layer, f"_{name}", None))
-        if name != "vars" and isinstance(part, keras.Layer):
+        if isinstance(part, keras.Layer):
             yield from _from_layer(part, group[name], taken)
+        elif isinstance(part, list):
+            for listed, inner in _listed(part, group[name]):
+                yield from _from_layer(listed, inner, taken)
 
 
 def _own(group: h5py.Group) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ def described_model(
 ) -> keras.Model:
     """The model that the config of a `.keras` file, or of a legacy `.h5` file, describes."""
     if legacy:
-        return model_from_config(config, custom_objects=custom_objects)
+        return model_from_config(deepcopy(config), custom_objects=custom_objects)
     return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
 
 

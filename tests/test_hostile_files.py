@@ -22,7 +22,8 @@ def saved(folder, *parts, ending=".keras", compiled=False):
     wrapper = qi.KerasQuantizationWrapper(layers.Dense(2, name="dense"), {"kernel": weight()})
     model = keras.Sequential([keras.Input((3,)), *parts, wrapper])
     if compiled:
-        model.compile(loss=keras.losses.MeanSquaredError(), metrics=[keras.metrics.MeanIoU(2)])
+        metric = keras.metrics.AUC(3, multi_label=True, num_labels=2)
+        model.compile(loss=keras.losses.MeanSquaredError(), metrics=[metric])
         model.fit(floats(2, 3), np.ones((2, 2)), verbose=0)
     model.save(folder / f"model{ending}")
     return folder / f"model{ending}"
@@ -63,16 +64,18 @@ def with_arrays(path, change):
 
 @pytest.mark.parametrize("ending", [".keras", ".h5"])
 def test_huge_variables_are_refused(ending, tmp_path):
-    path = with_config(saved(tmp_path, ending=ending), '"units": 2', '"units": 500000000')
-    refused(ValueError, lambda: load(path), str(path), "variables of 8,000,000", "hostile")
+    path = saved(tmp_path, layers.Dense(5, name="wide"), ending=ending)
+    path = with_config(path, '"units": 5', '"units": 16000000')
+    path = with_config(path, "[null, 5]", "[null, 16000000]") if ending == ".keras" else path
+    refused(ValueError, lambda: load(path), str(path), "variables of 384,000", "hostile")
 
 
 @pytest.mark.parametrize("ending", [".keras", ".h5"])
 def test_huge_metrics_are_refused(ending, tmp_path):
     path = saved(tmp_path, ending=ending, compiled=True)
     assert load(path).compiled
-    path = with_config(path, '"num_classes": 2', '"num_classes": 40000')
-    refused(ValueError, lambda: load(path), "variables of 12,800", "hostile")
+    path = with_config(path, '"num_labels": 2', '"num_labels": 15000000')
+    refused(ValueError, lambda: load(path), "variables of 720,000", "hostile")
     assert not load(path, compile=False).compiled
 
 
@@ -199,3 +202,37 @@ def test_checks_draw_no_random_numbers(tmp_path):
         loader(path)
         states.append(random.getstate())
     assert states[0] == states[1]
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+class Sized(layers.Layer):
+    """Of a user, with a large number of its own."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+
+    def call(self, inputs):
+        return inputs
+
+    def get_config(self):
+        return super().get_config() | {"size": self.size}
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_huge_numbers_and_shapes_are_refused_wherever_they_are(ending, tmp_path):
+    path = saved(tmp_path, layers.Discretization(bin_boundaries=[0.5]), ending=ending)
+    with_config(path, '"num_bins": null', '"num_bins": 60000000')
+    refused(ValueError, lambda: load(path), "num_bins=60000000", "at most 16,777,216")
+    path = saved(tmp_path, Sized(10**9), ending=ending)
+    assert load(path).layers[0].size == 10**9
+    path = saved(tmp_path, layers.Dropout(0.5, seed=1234567890), ending=ending)
+    assert load(path).layers[0].seed == 1234567890
+
+
+def test_shapes_of_wrappers_are_shapes(tmp_path):
+    inner = layers.Normalization(mean=0.0, variance=1.0)
+    model = keras.Sequential([keras.Input((3,)), qi.KerasQuantizationWrapper(inner)])
+    model.save(tmp_path / "model.keras")
+    path = with_config(tmp_path / "model.keras", "[null, 3]", "[null, 150000000]")
+    refused(ValueError, lambda: load(path), "a shape [None, 150000000]", "67108864")

@@ -15,12 +15,7 @@ from saved_models import MODELS, SAVED
 
 import keras_qwrap as qi
 
-FILES = sorted(
-    path
-    for ending in (".keras", ".h5")
-    for path in SAVED.glob(f"[0-9]*/*{ending}")
-    if path.parent.name != "mct"
-)
+FILES = sorted(path for ending in (".keras", ".h5") for path in SAVED.glob(f"[0-9]*/*{ending}"))
 LOADERS = [qi.keras_load_quantized_model, keras.models.load_model]
 
 
@@ -41,7 +36,9 @@ def test_every_version_kept_every_model():
 def test_kept_files_load(path, loader):
     arrays = expected(path)
     model = loader(path, compile=False)
-    for i, weight in enumerate(model.get_weights()):
+    weights = model.get_weights()
+    assert len(weights) == len([name for name in arrays if name.startswith("weight_")])
+    for i, weight in enumerate(weights):
         np.testing.assert_array_equal(weight, arrays[f"weight_{i}"])
     outputs = to_numpy(model(arrays["inputs"], training=False))
     np.testing.assert_allclose(outputs, arrays["outputs"], rtol=1e-5, atol=1e-6)
@@ -174,6 +171,21 @@ def test_what_cannot_be_migrated_is_named(tmp_path):
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
     named("model with MCT's wrappers")
     refused(OSError, lambda: qi.migrate_mct_file(tmp_path / "none.keras", target), "existing")
+    refused(TypeError, lambda: qi.migrate_mct_file(3, target), "3", "a path")
+    with_config(path, lambda layers: leaky(layers)["config"].update(slopes=True))
+    named("leaky_re_lu (slopes=True)")
+    for change in (
+        lambda layers: wrapper(layers)["config"].pop("weights_quantizer"),
+        lambda layers: holder(layers)["config"].pop("activation_holder_quantizer"),
+        lambda layers: leaky(layers).pop("inbound_nodes"),
+        lambda layers: leaky(layers).update(inbound_nodes=[[]]),
+    ):
+        named("as MCT saves it", of=with_config(path, change))
+    damaged = tmp_path / "damaged.h5"
+    damaged.write_bytes((MCT / "conv.h5").read_bytes())
+    with h5py.File(damaged, "a") as file:
+        del file["model_weights/batch_normalization"]
+    named("arrays for", "batch_normalization/gamma", of=damaged)
     damaged = tmp_path / "damaged.keras"
     damaged.write_bytes((MCT / "conv.keras").read_bytes()[:-100])
     refused(ValueError, lambda: qi.migrate_mct_file(damaged, target), "damaged.keras")
