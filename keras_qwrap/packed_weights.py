@@ -189,9 +189,11 @@ def zeros_for_random(layer: keras.Layer) -> Iterator[None]:
     """Let weights that are made in here begin as zeros where random numbers would be drawn.
 
     A converted layer is given its weights, so that drawing them would be half of the time that
-    loading takes. Layers that `layer` creates only when it is built draw theirs.
+    loading takes. Layers that `layer` creates only when it is built draw theirs, and so do all on
+    torch: there the draw decides the order of a weight in memory, and with it that of sums.
     """
-    inside = [inner for inner in sublayers(layer) if not inner.built]
+    draws = keras.backend.backend() == "torch"
+    inside = [inner for inner in sublayers(layer) if not (draws or inner.built)]
     for inner in inside:
         inner.add_weight = partial(_add_weight, inner.add_weight)
     try:

@@ -332,7 +332,7 @@ def test_layers_that_were_adapted_stay_so(tmp_path):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.parametrize("mode", ["int", "multi_hot", "tf_idf"])
+@pytest.mark.parametrize("mode", ["int", "multi_hot"])
 @pytest.mark.parametrize("cls", [layers.StringLookup, layers.TextVectorization])
 def test_vocabularies_that_were_adapted_stay(cls, mode, tmp_path):
     import tensorflow as tf

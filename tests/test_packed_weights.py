@@ -195,6 +195,7 @@ def test_codes_of_a_user_must_have_the_bits_that_they_should():
     assert packed_in(layer)[0].packed()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]
 
 
+@pytest.mark.tensorflow
 def test_converted_layers_draw_no_weights(monkeypatch):
     """Neither kernels nor those of cells; what is not random stays, and nothing stays behind."""
 
