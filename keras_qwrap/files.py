@@ -9,9 +9,11 @@ from typing import Any
 
 import keras
 
+from keras_qwrap.channels import check_bool
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.file_checks import Contents, check_size, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.packed_weights import KEEP_CODES
 from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.sealing import write_whole
@@ -93,6 +95,7 @@ def keras_load_quantized_model(
     path: str | os.PathLike,
     custom_objects: Mapping[str, Any] | None = None,
     compile: bool = True,
+    keep_codes: bool = False,
 ) -> keras.Model:
     """Load a `.keras` or `.h5` file as `keras.models.load_model` does.
 
@@ -109,9 +112,12 @@ def keras_load_quantized_model(
         path: the file.
         custom_objects: classes and functions of your own that are not registered, by name.
         compile: restore the optimizer, loss and metrics too.
+        keep_codes: let converted layers hold integer codes in memory, of one or two bytes each, and
+            decode them at every call: smaller, and slower. The outputs are the same. What is made
+            of the model (a clone, a conversion, an unwrapped model) holds floats.
 
     Raises:
-        TypeError: `path` is no path.
+        TypeError: `path` is no path, or `keep_codes` no bool.
         OSError: the file cannot be read: it does not exist, is truncated or is damaged.
         ValueError: it can be read, but holds no model that this package and Keras can rebuild.
 
@@ -131,12 +137,12 @@ def keras_load_quantized_model(
         print(qi.keras_load_quantized_model(path).name == model.name)  # True
     ```
     """
+    check_bool("keep_codes", keep_codes)
     contents = checked_contents(path)
     check_variables(contents, custom_objects, compile)
+    token = KEEP_CODES.set(keep_codes)
     try:
-        return keras.models.load_model(
-            contents.path, custom_objects=custom_objects, compile=compile
-        )
+        return keras.models.load_model(contents.path, custom_objects, compile)
     except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
@@ -145,6 +151,8 @@ def keras_load_quantized_model(
             "be imported or passed as `custom_objects`; compile=False leaves out loss, metrics and "
             f"optimizer. The reason was {_reason(error)}"
         ) from error
+    finally:
+        KEEP_CODES.reset(token)
 
 
 def check_variables(

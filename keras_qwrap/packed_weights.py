@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ from keras import ops
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.packing import frame, framed_size, unframe
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
-from keras_qwrap.substitution import sublayers
-from keras_qwrap.tensors import to_numpy
+from keras_qwrap.substitution import put_in_place_of, sublayers, zeros_in_order_of
+from keras_qwrap.tensors import Tensor, to_numpy
 from keras_qwrap.weight_paths import own_weights
 
 
@@ -73,7 +74,14 @@ class PackedWeight:
         Raises:
             ValueError: they are not on the quantizer's grid.
         """
-        weight = to_numpy(self.variable)
+        return self.codes_of(to_numpy(self.variable))
+
+    def codes_of(self, weight: np.ndarray) -> np.ndarray:
+        """The codes of an array of the variable's shape and dtype, int32.
+
+        Raises:
+            ValueError: it is not on the quantizer's grid.
+        """
         codes = self._quantizer.quantize_to_codes(weight)
         if not np.array_equal(self._dequantized(codes), weight):
             raise ValueError(
@@ -82,6 +90,33 @@ class PackedWeight:
                 "assigned since; convert the trained layer again."
             )
         return codes
+
+    def codes_to_keep(self, weight: np.ndarray) -> np.ndarray:
+        """`codes_of`, which `decoded` turns into the same bits, in `codes_dtype`.
+
+        Raises:
+            ValueError: they are not on the quantizer's grid, or it decodes tensors otherwise.
+        """
+        codes = self.codes_of(weight).astype(self.codes_dtype())
+        if not np.array_equal(to_numpy(self.decoded(ops.convert_to_tensor(codes))), weight):
+            raise bad_value(
+                "keep_codes",
+                True,
+                f"a {type(self._quantizer).__name__} whose `dequantize_tensor` gives what its "
+                "`dequantize` gives",
+                "Define it, or load with keep_codes=False.",
+            )
+        return codes
+
+    def decoded(self, codes: Tensor) -> Tensor:
+        """The weights that a tensor of codes stands for, in the variable's dtype."""
+        return ops.cast(self._quantizer.dequantize_tensor(codes), self.variable.dtype)
+
+    def codes_dtype(self) -> str:
+        """The smallest dtype, of one or two bytes, that holds all codes of the quantizer."""
+        shape = np.broadcast_shapes(np.shape(self._quantizer.scale), (1,) * len(self.shape))
+        lowest = self._quantizer.quantize_to_codes(np.full(shape, -3e38, np.float32)).min()
+        return f"{'int' if lowest < 0 else 'uint'}{8 if self._quantizer.num_bits <= 8 else 16}"
 
     def _dequantized(self, codes: np.ndarray) -> np.ndarray:
         weights = self._quantizer.dequantize(codes)
@@ -156,6 +191,60 @@ class _Shape(tuple):
     __hash__ = tuple.__hash__
 
 
+KEEP_CODES: ContextVar[bool] = ContextVar("keep_codes", default=False)
+"""Whether converted layers that are built keep integer codes in place of their weights."""
+
+
+class CodesVariable(keras.Variable):
+    """Integer codes in the place of a converted layer's weight, which is decoded at every read.
+
+    It is never trainable. Weights are encoded when they are assigned; integers are taken as codes.
+
+    Args:
+        packed: the weight.
+    """
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self._packed = packed
+        super().__init__(
+            zeros_in_order_of(packed.variable),
+            shape=tuple(packed.variable.shape),
+            dtype=packed.codes_dtype(),
+            trainable=False,
+            autocast=False,
+            name=packed.name,
+        )
+
+    @property
+    def variable(self) -> keras.Variable:
+        """The variable whose place it takes, and which reads as the decoded weight."""
+        return self._packed.variable
+
+    @property
+    def trainable(self) -> bool:
+        """Never; setting it changes nothing."""
+        return False
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        pass
+
+    def decoded(self, *_: Any, **__: Any) -> Tensor:
+        """The weights; arguments, as an initializer's, change nothing."""
+        return self._packed.decoded(self.value)
+
+    def assign(self, value: Any) -> Tensor:
+        """Hold the codes of these weights, or these codes.
+
+        Raises:
+            ValueError: the weights are not on the grid, or would not be decoded to the same bits.
+        """
+        if "int" in keras.backend.standardize_dtype(getattr(value, "dtype", "float32")):
+            return super().assign(value)
+        codes = self._packed.codes_to_keep(np.asarray(to_numpy(value)))
+        return super().assign(codes)
+
+
 Row = tuple[str, keras.Variable, BaseKerasInferableQuantizer]
 
 
@@ -163,7 +252,8 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
     """Let `layer` and the layers inside it save and load packed codes.
 
     What a layer writes into a file under some key stays there, except that packed codes take the
-    place of quantized variables.
+    place of quantized variables. Where `KEEP_CODES` says so, codes also take their place in the
+    layer.
 
     Args:
         layer: a built layer that computes with dequantized weights.
@@ -173,6 +263,10 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
         What stands for each variable, by its `id`.
     """
     packed = {id(variable): PackedWeight(path, variable, q) for path, variable, q in rows}
+    for each in list(packed.values()) if KEEP_CODES.get() else ():
+        codes = CodesVariable(each)
+        put_in_place_of(each.variable, codes, codes.decoded, layer)
+        packed[id(codes)] = each
     for inner in sublayers(layer):
         if any(id(variable) in packed for variable in own_weights(inner)):
             save, load = inner.save_own_variables, inner.load_own_variables

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+from keras import ops
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.legacy.saving.saving_utils import model_from_config
 from keras.src.utils.python_utils import is_default
+from keras.src.utils.tracking import DotNotTrackScope
 
 from keras_qwrap.tensors import Tensor
 
@@ -90,6 +92,45 @@ def variables_deferred() -> Iterator[list[keras.Variable]]:
             yield waiting
     finally:
         waiting[:] = before
+
+
+def zeros_in_order_of(variable: keras.Variable) -> Callable | str:
+    """An initializer of zeros that lie in memory as the variable's value does, if it has one.
+
+    On torch an initializer may transpose, and the order in memory decides that of later sums.
+    """
+    if variable._value is None:
+        return "zeros"
+    return lambda shape, dtype: ops.cast(ops.zeros_like(variable._value), dtype)
+
+
+def put_in_place_of(
+    old: keras.Variable, new: keras.Variable, read: Callable, layer: keras.Layer
+) -> None:
+    """Let `new` take the place of `old` among the variables of `layer` and the layers inside it.
+
+    `old` loses its value. It reads as `read(shape, dtype=dtype)` at every time: Keras asks the
+    initializer of a variable that has no value. What is assigned to it is assigned to `new`.
+    """
+    old._value, old._initializer = None, read
+    old._deferred_initialize = _nothing
+    old.assign = new.assign
+    new._path = old._path
+    for inner in sublayers(layer):
+        for variables in (inner._trainable_variables, inner._non_trainable_variables):
+            for i, variable in enumerate(variables):
+                if variable is old:
+                    variables[i] = new
+        for name, value in list(vars(inner).items()):
+            if value is old and hasattr(inner, "_track_trackable"):
+                with DotNotTrackScope():
+                    inner._track_trackable(new, name, overwrite=True)
+        if hasattr(inner, "_torch_params"):
+            inner._track_variables()
+
+
+def _nothing() -> None:
+    """What a variable does that never has a value of its own when it is to be given one."""
 
 
 def described_model(

@@ -17,6 +17,11 @@ def read(variable: keras.Variable) -> Tensor:
     return value.read_value() if hasattr(value, "read_value") else value
 
 
+def variable_of(weight: Any) -> keras.Variable:
+    """The variable that a weight is, or whose place its codes take."""
+    return getattr(weight, "variable", weight)
+
+
 def to_numpy(value: Any) -> np.ndarray:
     """A variable, a tensor or an array as an array."""
     return ops.convert_to_numpy(read(value) if isinstance(value, keras.Variable) else value)

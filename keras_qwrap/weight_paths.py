@@ -11,12 +11,12 @@ import keras
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.layer_weights import Axes, Row, find_row, resolve_alias
 from keras_qwrap.substitution import is_rematerialized, sublayers
-from keras_qwrap.tensors import to_numpy
+from keras_qwrap.tensors import to_numpy, variable_of
 
 
 def variables_of_weights(layer: keras.Layer) -> list[keras.Variable]:
-    """The variables of `layer.weights`, where packed codes may stand for some of them."""
-    return [getattr(weight, "variable", weight) for weight in layer.weights]
+    """The variables of `layer.weights`, where codes may stand for some of them."""
+    return [variable_of(weight) for weight in layer.weights]
 
 
 def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
@@ -383,7 +383,7 @@ def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
             "Let the layer's `get_config` return every argument that shapes its variables.",
         )
     for a, b in pairs:
-        b.assign(to_numpy(a).copy())
+        b.assign(to_numpy(variable_of(a)).copy())
     for part, copied in zip(sublayers(source), sublayers(target), strict=True):
         _copy_adapted(part, copied)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.quantizers.config import (
@@ -161,6 +162,11 @@ class BaseKerasInferableQuantizer:
     def dequantize(self, codes: Any) -> np.ndarray:
         """Values of integer codes, float32."""
         raise NotImplementedError(f"{type(self).__name__} must define dequantize(codes).")
+
+    def dequantize_tensor(self, codes: Tensor) -> Tensor:
+        """`dequantize` of a tensor of codes: `(codes - zero_point) * scale`, unless overridden."""
+        steps = ops.subtract(ops.cast(codes, "float32"), np.asarray(self.zero_point, np.float32))
+        return ops.multiply(steps, np.asarray(self.scale, np.float32))
 
     def get_config(self) -> dict:
         """The constructor's arguments as plain values."""

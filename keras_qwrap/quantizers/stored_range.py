@@ -140,6 +140,11 @@ class IntegerQuantizer(RangeQuantizer):
     def dequantize(self, codes: Any) -> np.ndarray:
         return self._grid.decode(codes, self.scale, self.zero_point)
 
+    def dequantize_tensor(self, codes: Tensor) -> Tensor:
+        scale, zero_point = self._derive(ops, self._tensor)
+        steps = ops.cast(codes, "float32")
+        return (steps if isinstance(zero_point, int) else steps - zero_point) * scale
+
 
 class SymmetricQuantizer(IntegerQuantizer):
     """A threshold and no zero point."""
@@ -231,6 +236,10 @@ class LookupQuantizer(RangeQuantizer):
 
     def dequantize(self, codes: Any) -> np.ndarray:
         return self._grid.decode(codes, self.scale)
+
+    def dequantize_tensor(self, codes: Tensor) -> Tensor:
+        table = np.asarray(self._grid.values, dtype=np.float32)
+        return ops.take(table, ops.cast(codes, "int32"), axis=0) * self._derive(self._tensor)[0]
 
     def _table_config(self) -> dict:
         return {"lut_values_bitwidth": self._grid.bitwidth, "eps": self._eps}
