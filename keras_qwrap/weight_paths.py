@@ -256,11 +256,9 @@ def _own_defaults(
 
 
 def _is_float_weight(layer: keras.Layer, found: Any) -> bool:
-    return (
-        isinstance(found, keras.Variable)
-        and "float" in found.dtype
-        and any(found is weight for weight in variables_of_weights(layer))
-    )
+    if not isinstance(found, keras.Variable) or "float" not in found.dtype or 0 in found.shape:
+        return False
+    return any(found is weight for weight in variables_of_weights(layer))
 
 
 def _check_axes_fit(name: str, axes: Axes, rank: int) -> None:
@@ -287,7 +285,7 @@ def _largest_kernels(layer: keras.Layer) -> list[keras.Variable]:
     kernels = [
         weight
         for weight in own_weights(layer)
-        if id(weight) in trainable and "float" in weight.dtype and len(weight.shape) >= 2
+        if id(weight) in trainable and _is_float_weight(layer, weight) and len(weight.shape) >= 2
     ]
     rank = max((len(weight.shape) for weight in kernels), default=0)
     return [weight for weight in kernels if len(weight.shape) == rank]

@@ -265,6 +265,13 @@ def test_bad_models(make, error, message):
         qi.quantize_model(make())
 
 
+def test_a_weight_without_elements_is_left_in_float():
+    model = keras.Sequential([keras.Input((0,)), keras.layers.Dense(2, name="dense")])
+    converted = qi.convert_to_inferable(qi.quantize_model(model, "w8"))
+    assert not isinstance(converted.get_layer("dense"), qi.KerasQuantizationWrapper)
+    assert "no float weight kernel" in str(qi.quantization_report(converted))
+
+
 def test_a_lambda_is_copied_or_refused():
     """Keras 3.13 makes one again from its config, later versions refuse."""
     model = keras.Sequential([keras.Input((2,)), layers.Lambda(lambda x: x + 1.0, name="fun")])
