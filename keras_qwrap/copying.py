@@ -1,20 +1,33 @@
 """Rebuild a Functional or Sequential model layer by layer, nested models and sharing included."""
 
+import warnings
 from typing import Any
 
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.quantizing_layer import QuantizingLayer
-from keras_qwrap.substitution import new_input, sublayers
+from keras_qwrap.substitution import (
+    compile_arguments,
+    has_own_call,
+    new_input,
+    rebuilt,
+    sublayers,
+)
+from keras_qwrap.supported import refuse_raw_variables
 from keras_qwrap.weight_paths import copy_variables
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
-def is_graph(model: Any) -> bool:
+def has_graph(model: Any) -> bool:
     """Whether this is a Functional or Sequential model."""
     functional = isinstance(model, keras.Model) and hasattr(model, "operations")
     return functional or isinstance(model, keras.Sequential)
+
+
+def is_graph(model: Any) -> bool:
+    """Whether this is a Functional or Sequential model that computes what its graph says."""
+    return has_graph(model) and not has_own_call(model)
 
 
 def unwrapped(operation: Any) -> Any:
@@ -106,6 +119,7 @@ class Copier:
 
     def plain_copy(self, layer: keras.Layer) -> keras.Layer:
         """A copy made from the layer's config, to which its weights are copied at the end."""
+        refuse_raw_variables(layer)
         new = made_again(layer)
         self._plain.append((layer, new))
         return new
@@ -117,18 +131,20 @@ class Copier:
         return self._copies[id(operation)]
 
     def _new(self, operation: Any) -> Any:
-        if isinstance(operation, keras.Sequential):
-            return self._new_sequential(operation)
         if is_graph(operation):
-            return self._new_functional(operation)
+            sequential = isinstance(operation, keras.Sequential)
+            new = self._new_sequential(operation) if sequential else self._new_functional(operation)
+            _carry_flag(operation, new)
+            carry_compiled(operation, new)
+            if type(new) is not type(operation):
+                warn_of_own_steps(operation)
+            return new
         if isinstance(operation, keras.Layer):
             return self.new_layer(operation)
         return made_again(operation)
 
     def _new_functional(self, model: keras.Model) -> keras.Model:
-        return keras.models.clone_model(
-            model, self.new_inputs(model), clone_function=self._stand_in, call_function=self._call
-        )
+        return rebuilt(model, self.new_inputs(model), self._stand_in, self._call)
 
     def _stand_in(self, operation: Any) -> "_StandIn":
         return _StandIn(operation, self._copy(operation))
@@ -139,10 +155,55 @@ class Copier:
     def _new_sequential(self, model: keras.Sequential) -> keras.Model:
         layers = self.sequential_layers(model)
         first = [new_input(model.inputs[0])] if model.built else []
-        new = keras.Sequential([*first, *layers], name=model.name, trainable=model.trainable)
-        if model.compiled:
-            new.compile_from_config(model.get_compile_config())
-        return new
+        return keras.Sequential([*first, *layers], name=model.name)
+
+
+def _carry_flag(source: keras.Model, target: keras.Model) -> None:
+    """Freeze a model where the other one is, and leave the layers inside as they are."""
+    if not source.trainable:
+        flags = [(layer, layer.trainable) for layer in sublayers(target) if layer is not target]
+        target.trainable = False
+        for layer, flag in flags:
+            layer.trainable = flag
+
+
+def carry_compiled(source: keras.Model, target: keras.Model) -> None:
+    """Compile `target` as `source` is, with an optimizer and metrics of its own."""
+    arguments = compile_arguments(source)
+    if arguments is None:
+        return
+    try:
+        target.compile(**keras.tree.map_structure(_anew, arguments))
+    except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
+        warnings.warn(
+            f"The new model '{target.name}' is not compiled as the given one is ({error}). Compile "
+            "it before training.",
+            stacklevel=2,
+        )
+        return
+    if target.built:
+        target.optimizer.build(target.trainable_variables)
+
+
+def _anew(part: Any) -> Any:
+    if isinstance(part, (keras.Optimizer, keras.Metric)):
+        return type(part).from_config(part.get_config())
+    return part
+
+
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+
+
+def warn_of_own_steps(model: keras.Model) -> None:
+    """Say which of Keras' training steps the class of a model replaces, and its copy does not."""
+    own = [name for name in _STEPS if getattr(type(model), name) is not getattr(keras.Model, name)]
+    if own:
+        warnings.warn(
+            f"The new model uses Keras' own training steps: received '{model.name}', whose class "
+            f"{type(model).__name__} has its own {', '.join(own)}. Train it with a loop of your "
+            "own where that is not what you want.",
+            stacklevel=3,
+        )
 
 
 class _StandIn:

@@ -10,9 +10,10 @@ import keras
 from keras import tree
 
 from keras_qwrap.construction import Construction, sign
-from keras_qwrap.copying import made_again
+from keras_qwrap.copying import has_graph, made_again
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import output_specs, sublayers
+from keras_qwrap.supported import refuse_raw_variables
 from keras_qwrap.weight_paths import copy_variables, follow, own_weights, walk
 
 Example = tuple[Sequence, Mapping[str, Any]]
@@ -209,10 +210,14 @@ def copy_built(
 
     The copy has the model's weights and trainable flags.
     """
+    refuse_raw_variables(model)
     copy = _copy(model)
     construction = Construction()
     if example is not None:
         construction.see_call(*_check_example(example))
+    elif model.built and has_graph(model):
+        sequential = isinstance(model, keras.Sequential)
+        construction.see_call((model.inputs[0] if sequential else model.input,), {})
     elif model.built:
         config = _untracked(model.get_build_config() or {})
         given = (config["input_shape"],) if "input_shape" in config else ()

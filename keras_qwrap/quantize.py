@@ -9,7 +9,14 @@ import keras
 import numpy as np
 
 from keras_qwrap.calibration import calibrate_each
-from keras_qwrap.copying import Copier, check_built, check_float, is_graph, unwrapped
+from keras_qwrap.copying import (
+    Copier,
+    carry_compiled,
+    check_built,
+    check_float,
+    is_graph,
+    unwrapped,
+)
 from keras_qwrap.correction import correct_biases
 from keras_qwrap.errors import bad_value
 from keras_qwrap.folding import fold_batch_norm
@@ -35,8 +42,9 @@ from keras_qwrap.specs import (
 )
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer
+from keras_qwrap.supported import check_supported
 from keras_qwrap.tensors import to_numpy
-from keras_qwrap.weight_paths import check_supported, default_weights, find_weight
+from keras_qwrap.weight_paths import default_weights, find_weight
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -349,6 +357,5 @@ def _quantize_subclassed(
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
             methods |= {id(made): wanted.range for made in activations[path]}
     new = QuantizedModel(model, weights, activations, example=example)
-    if model.compiled:
-        new.compile_from_config(model.get_compile_config())
+    carry_compiled(model, new)
     return new, methods

@@ -177,6 +177,12 @@ class QuantizingLayer(keras.layers.Layer):
             )
         return tensor
 
+    def finalize_state(self) -> None:
+        """Let adapted layers inside use what they were given; Keras calls this after `.h5`."""
+        for inner in sublayers(self):
+            if inner is not self and hasattr(inner, "finalize_state"):
+                inner.finalize_state()
+
     def get_config(self) -> dict:
         """The constructor's arguments; the dtype is always float32 and left out."""
         config = super().get_config()

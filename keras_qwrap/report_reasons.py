@@ -16,8 +16,8 @@ from keras_qwrap.recipes import Decision
 from keras_qwrap.report_rows import UnquantizedOutputs
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
+from keras_qwrap.supported import check_supported
 from keras_qwrap.weight_paths import (
-    check_supported,
     default_weights,
     own_weights,
     variables_of_weights,

@@ -1,7 +1,6 @@
 """`QuantizedModel`: a subclassed model, which has no graph, with quantized weights and outputs."""
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
-from keras_qwrap.copying import check_float, is_graph
+from keras_qwrap.copying import carry_compiled, check_float, is_graph, warn_of_own_steps
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inner_layers import (
@@ -32,8 +31,6 @@ from keras_qwrap.quantizing_layer import (
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.weight_paths import find_weight
 from keras_qwrap.wrapper import KerasQuantizationWrapper
-
-_TRAINING_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -256,8 +253,7 @@ class QuantizedModel(keras.Model):
             trainable=False,
         )
         _assign(new.model, weights)
-        if self.compiled:
-            new.compile_from_config(self.get_compile_config())
+        carry_compiled(self, new)
         return new
 
     def unwrap(self) -> keras.Model:
@@ -273,6 +269,7 @@ class QuantizedModel(keras.Model):
         _assign(new, weights)
         if self.converted:
             new.trainable = True
+        carry_compiled(self, new)
         return new
 
     def inner_example(self) -> tuple[tuple, dict]:
@@ -351,18 +348,7 @@ def _check_float_model(model: Any) -> None:
             "model", model, "a subclassed model", "Functional and Sequential ones have a graph."
         )
     check_float(model)
-    own = [
-        name
-        for name in _TRAINING_STEPS
-        if getattr(type(model), name) is not getattr(keras.Model, name)
-    ]
-    if own:
-        warnings.warn(
-            f"QuantizedModel: received '{model.name}', whose class {type(model).__name__} has its "
-            f"own {', '.join(own)}; a QuantizedModel uses those of Keras. Train it with a loop of "
-            "your own where that is not what you want.",
-            stacklevel=3,
-        )
+    warn_of_own_steps(model)
 
 
 def _by_path(quantizers: Any) -> dict[str, list[Quantizer]]:

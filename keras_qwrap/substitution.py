@@ -11,6 +11,7 @@ from keras import ops
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.legacy.saving.saving_utils import model_from_config
+from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.utils.python_utils import is_default
 from keras.src.utils.tracking import DotNotTrackScope
 
@@ -198,6 +199,31 @@ def graph_nodes(model: keras.Model) -> list[GraphNode]:
         for node in by_depth[depth]
         if not node.is_input
     ]
+
+
+def has_own_call(model: keras.Model) -> bool:
+    """Whether the class of a Functional or Sequential model computes more than its graph."""
+    return type(model).call not in (Functional.call, keras.Sequential.call)
+
+
+def rebuilt(
+    model: keras.Model, inputs: Any, make: Callable[[Any], Any], call: Callable
+) -> keras.Model:
+    """A Functional model's graph on new inputs, as a new model of the same name.
+
+    `call(make(operation), *args, **kwargs)` gives the outputs of each operation. The new model is
+    of the same class, if that is constructed from inputs and outputs.
+    """
+    outputs = model._run_through_graph(inputs, operation_fn=make, call_fn=call)
+    kind = type(model) if functional_like_constructor(type(model)) else keras.Model
+    return kind(inputs, outputs, name=model.name)
+
+
+def compile_arguments(model: keras.Model) -> dict | None:
+    """The very arguments that a model was compiled with; None if it was not."""
+    if not (model.compiled and hasattr(model, "_compile_config")):
+        return None
+    return dict(model._compile_config.config)
 
 
 def input_layer(tensor: keras.KerasTensor) -> keras.Layer:

@@ -10,7 +10,7 @@ import keras
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.layer_weights import Axes, Row, find_row, resolve_alias
-from keras_qwrap.substitution import is_rematerialized, sublayers
+from keras_qwrap.substitution import sublayers
 from keras_qwrap.tensors import to_numpy, variable_of
 
 
@@ -93,8 +93,12 @@ def _children(parent: Any) -> list[tuple[str, Any]]:
 
 
 def _entries(parent: dict) -> dict[str, Any]:
-    """What a dictionary holds, by its keys as they are written: `{1: dense}` has `"1"`."""
-    return {str(key): child for key, child in parent.items() if isinstance(key, (str, int))}
+    """What a dictionary holds, by its keys as they are written: `{1: dense}` has `"1"`.
+
+    A key with a slash would be no part of a path.
+    """
+    keys = [key for key in parent if isinstance(key, (str, int)) and "/" not in str(key)]
+    return {str(key): parent[key] for key in keys}
 
 
 def _public_name(parent: Any, name: str, child: Any) -> str:
@@ -319,55 +323,6 @@ def weight_reason(layer: keras.Layer) -> str:
     return f"no row for {name}: the default rule quantizes its largest kernels only"
 
 
-def check_supported(layer: keras.Layer) -> None:
-    """Refuse layers whose weights cannot be replaced, or would be replaced silently in part."""
-    for inner in sublayers(layer):
-        where = f"layer '{inner.name}'"
-        if _has_traced_function(inner):
-            raise bad_value(
-                "layer",
-                where,
-                "a layer whose `call` and other methods are no `tf.function`",
-                "A traced function keeps the weights that it was traced with. Remove the "
-                "decorator; the whole model may be compiled instead.",
-            )
-        if is_rematerialized(inner):
-            raise bad_value(
-                "layer",
-                where,
-                "a layer that is made outside a `keras.RematScope`",
-                "Rematerialization runs the layer again with its float weights.",
-            )
-    refuse_replaced_weights(layer)
-
-
-def _has_traced_function(layer: keras.Layer) -> bool:
-    members = [member for cls in type(layer).__mro__ for member in vars(cls).values()]
-    if not isinstance(layer, keras.Model):
-        members += vars(layer).values()
-    return any(hasattr(member, "get_concrete_function") for member in members)
-
-
-def refuse_replaced_weights(layer: keras.Layer) -> None:
-    """Refuse layers whose weights Keras' LoRA or quantization stands in for."""
-    for inner in sublayers(layer):
-        where = f"layer '{inner.name}'"
-        if getattr(inner, "lora_enabled", False):
-            raise bad_value(
-                "layer",
-                where,
-                "a layer without LoRA",
-                "Merge or remove LoRA's weights before wrapping; they would stay float.",
-            )
-        if getattr(inner, "quantization_mode", None) is not None:
-            raise bad_value(
-                "layer",
-                f"{where} with quantization mode {inner.quantization_mode}",
-                "a float layer",
-                "Do not call Keras' own `quantize` on a layer that is wrapped.",
-            )
-
-
 def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
     """Assign every variable of `source`, seed states included, to its counterpart in `target`."""
     pairs = list(zip(source.variables, target.variables, strict=False))
@@ -383,11 +338,15 @@ def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
     for a, b in pairs:
         b.assign(to_numpy(variable_of(a)).copy())
     for part, copied in zip(sublayers(source), sublayers(target), strict=True):
-        _copy_adapted(part, copied)
+        _copy_untracked(part, copied)
 
 
-def _copy_adapted(source: Any, target: Any) -> None:
-    """What Keras' preprocessing layers have adapted to, and keep outside their variables."""
+def _copy_untracked(source: Any, target: Any) -> None:
+    """What layers keep outside their variables: adapted state, and that of stateful layers."""
+    states = keras.tree.flatten(getattr(source, "states", None))
+    for a, b in zip(states, keras.tree.flatten(getattr(target, "states", None)), strict=False):
+        if isinstance(a, keras.Variable) and isinstance(b, keras.Variable):
+            b.assign(to_numpy(a).copy())
     if hasattr(source, "finalize_state"):
         store: dict[str, Any] = {}
         source.save_own_variables(store)

@@ -28,8 +28,9 @@ from keras_qwrap.quantizing_layer import (
     serialize_quantizer,
 )
 from keras_qwrap.substitution import build_layer, call_with, sublayers
+from keras_qwrap.supported import check_supported, refuse_replaced_weights
 from keras_qwrap.tensors import read, to_numpy
-from keras_qwrap.weight_paths import check_supported, copy_variables, refuse_replaced_weights
+from keras_qwrap.weight_paths import copy_variables
 
 
 @keras.saving.register_keras_serializable(PACKAGE)

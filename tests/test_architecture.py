@@ -34,6 +34,7 @@ READING_ORDER = [
     "substitution",
     "layer_weights",
     "weight_paths",
+    "supported",
     "packed_weights",
     "quantizing_layer",
     "construction",

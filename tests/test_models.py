@@ -325,9 +325,16 @@ def test_layers_that_were_adapted_stay_so(tmp_path):
     np.testing.assert_allclose(to_numpy(quantized(x)), to_numpy(model(x)), atol=1e-3)
     expected = to_numpy(quantized(x))
     converted = qi.convert_to_inferable(quantized)
-    converted.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    for other in (converted, loaded, qi.unwrap_model(quantized), qi.unwrap_model(converted)):
+    others = [converted, qi.unwrap_model(quantized), qi.unwrap_model(converted)]
+    calibrated = qi.quantize_model(model, "w8a8", x, verbose=0)
+    for made, found in ((quantized, expected), (converted, expected), (calibrated, None)):
+        for ending in (".keras", ".h5"):
+            path = tmp_path / f"model{ending}"
+            made.save(path)
+            loaded = keras.models.load_model(path)
+            found = to_numpy(made(x)) if found is None else found
+            np.testing.assert_array_equal(to_numpy(loaded(x)), found)
+    for other in others:
         np.testing.assert_array_equal(to_numpy(other(x)), expected)
 
 

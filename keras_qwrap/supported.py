@@ -1,0 +1,79 @@
+"""Layers that cannot be quantized, since their weights cannot be replaced or copied."""
+
+from typing import Any
+
+import keras
+
+from keras_qwrap.errors import bad_value
+from keras_qwrap.substitution import is_rematerialized, sublayers
+from keras_qwrap.weight_paths import walk
+
+
+def check_supported(layer: keras.Layer) -> None:
+    """Refuse layers whose weights cannot be replaced, or would be replaced silently in part."""
+    for inner in sublayers(layer):
+        where = f"layer '{inner.name}'"
+        if _has_traced_function(inner):
+            raise bad_value(
+                "layer",
+                where,
+                "a layer whose `call` and other methods are no `tf.function`",
+                "A traced function keeps the weights that it was traced with. Remove the "
+                "decorator; the whole model may be compiled instead.",
+            )
+        if is_rematerialized(inner):
+            raise bad_value(
+                "layer",
+                where,
+                "a layer that is made outside a `keras.RematScope`",
+                "Rematerialization runs the layer again with its float weights.",
+            )
+    refuse_replaced_weights(layer)
+    refuse_raw_variables(layer)
+
+
+def _has_traced_function(layer: keras.Layer) -> bool:
+    members = [member for cls in type(layer).__mro__ for member in vars(cls).values()]
+    if not isinstance(layer, keras.Model):
+        members += vars(layer).values()
+    return any(hasattr(member, "get_concrete_function") for member in members)
+
+
+def refuse_replaced_weights(layer: keras.Layer) -> None:
+    """Refuse layers whose weights Keras' LoRA or quantization stands in for."""
+    for inner in sublayers(layer):
+        where = f"layer '{inner.name}'"
+        if getattr(inner, "lora_enabled", False):
+            raise bad_value(
+                "layer",
+                where,
+                "a layer without LoRA",
+                "Merge or remove LoRA's weights before wrapping; they would stay float.",
+            )
+        if getattr(inner, "quantization_mode", None) is not None:
+            raise bad_value(
+                "layer",
+                f"{where} with quantization mode {inner.quantization_mode}",
+                "a float layer",
+                "Do not call Keras' own `quantize` on a layer that is wrapped.",
+            )
+
+
+def refuse_raw_variables(layer: keras.Layer) -> None:
+    """Refuse variables of the backend itself: Keras neither saves them nor can copy them."""
+    for path, found in walk(layer, lambda part: True):
+        if _is_raw_variable(found):
+            raise bad_value(
+                "layer",
+                f"layer '{layer.name}' with a {type(found).__name__} at '{path}'",
+                "a layer whose variables are Keras variables",
+                "Create it with `self.add_weight`; Keras neither saves nor copies others.",
+            )
+
+
+_RAW_VARIABLES = {("tensorflow", "Variable"), ("torch", "Parameter")}
+
+
+def _is_raw_variable(found: Any) -> bool:
+    names = ((cls.__module__.split(".")[0], cls.__name__) for cls in type(found).__mro__)
+    return not _RAW_VARIABLES.isdisjoint(names)
