@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,6 +20,7 @@ from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.sealing import write_whole
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import described_model, variables_deferred
+from keras_qwrap.tightening import tighten
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 ENDINGS = (".keras", ".h5", ".hdf5")
@@ -55,7 +57,8 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
     As `model.save(path)`, but into a file beside `path` that then takes its place: when the
     process is killed or the disk is full, `path` leads to the old file or to the new one, never to
     a part. The SHA-256 digest of all bytes is recorded in the file, where Keras and other readers
-    skip it, and `keras_load_quantized_model` checks it before it opens the file.
+    skip it, and `keras_load_quantized_model` checks it before it opens the file. The file is also
+    smaller, by 2 KB or more for each layer.
 
     Args:
         model: a Keras model, quantized or not.
@@ -88,7 +91,12 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
     path = os.fsdecode(path)
     if not path.endswith(ENDINGS):
         raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
-    write_whole(path, model.save)
+    write_whole(path, partial(_write, model))
+
+
+def _write(model: keras.Model, path: str) -> None:
+    model.save(path)
+    tighten(path)
 
 
 def keras_load_quantized_model(

@@ -20,6 +20,7 @@ READING_ORDER = [
     "packing",
     "compact",
     "sealing",
+    "tightening",
     "file_checks",
     "inspection",
     "channels",

@@ -1,0 +1,74 @@
+"""The same arrays in fewer bytes: HDF5 groups as HDF5 1.8 and later can write them.
+
+Keras lets HDF5 write groups that its first release reads too, of 1 KB each, two or more for every
+layer: beside weights of 2 bits that is a tenth of a file.
+"""
+
+import io
+import os
+import zipfile
+
+import h5py
+
+_LIBRARY = "v108"
+_ARRAYS = "model.weights.h5"
+
+
+def tighten(path: str) -> None:
+    """Write a `.keras` archive or HDF5 file anew, with the same members, arrays and attributes.
+
+    Example:
+
+    ```python
+    import os, tempfile
+    import h5py
+    from keras_qwrap.tightening import tighten
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.h5")
+        with h5py.File(path, "w") as file:
+            file["a/b/c"] = [1.0, 2.0]
+        before = os.path.getsize(path)
+        tighten(path)
+        with h5py.File(path) as file:
+            print(file["a/b/c"][:], os.path.getsize(path) < before / 2)  # [1. 2.] True
+    ```
+    """
+    loose = f"{path}.loose"
+    os.replace(path, loose)
+    if zipfile.is_zipfile(loose):
+        _tighten_archive(loose, path)
+    else:
+        _tighten_hdf5(loose, path)
+    os.remove(loose)
+
+
+def _tighten_archive(loose: str, path: str) -> None:
+    with zipfile.ZipFile(loose) as source, zipfile.ZipFile(path, "w") as target:
+        for member in source.infolist():
+            content = source.read(member)
+            if member.filename == _ARRAYS:
+                arrays = io.BytesIO()
+                _tighten_hdf5(io.BytesIO(content), arrays)
+                content = arrays.getvalue()
+            target.writestr(member, content)
+
+
+def _tighten_hdf5(loose: str | io.BytesIO, path: str | io.BytesIO) -> None:
+    with h5py.File(loose, "r") as source, h5py.File(path, "w", libver=_LIBRARY) as target:
+        _copy(source, target)
+
+
+def _copy(source: h5py.Group, target: h5py.Group) -> None:
+    for name, part in source.items():
+        if isinstance(part, h5py.Group):
+            _copy(part, target.create_group(name))
+        else:
+            source.copy(part, target, name)
+    # The longest text comes last, since HDF5 doubles its room for one that follows.
+    for name, value in sorted(source.attrs.items(), key=_length):
+        target.attrs[name] = value
+
+
+def _length(attribute: tuple[str, object]) -> int:
+    return len(attribute[1]) if isinstance(attribute[1], str) else 0
