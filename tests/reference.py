@@ -111,6 +111,15 @@ def in_every_mode(function: Callable, *inputs: Any) -> list[np.ndarray]:
     return [to_numpy(mode(*inputs)) for mode in modes]
 
 
+def traced_operations(layer: Callable, shape: tuple) -> list[str]:
+    """The types of the operations in the graph that a call of `layer` makes, in order."""
+    import tensorflow as tf
+
+    traced = tf.function(lambda x: layer(x)).get_concrete_function(tf.TensorSpec(shape))
+    inner = [node.op for f in traced.graph.as_graph_def().library.function for node in f.node_def]
+    return sorted([op.type for op in traced.graph.get_operations()] + inner)
+
+
 def refused(error: type[Exception], action: Callable, *fragments: str) -> str:
     """`action` raises just `error`, whose message says all three: received, expected, and why."""
     with pytest.raises(error) as caught:

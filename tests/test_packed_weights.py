@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras import layers
 from layer_cases import CASES, METHODS, Composite, floats, weight
-from reference import refused, to_numpy
+from reference import refused, to_numpy, traced_operations
 
 import keras_qwrap as qi
 from keras_qwrap.packed_weights import PackedWeight
@@ -214,6 +214,30 @@ def test_converted_layers_draw_no_weights(monkeypatch):
     assert all("add_weight" not in vars(inner) for inner in sublayers(copy.layer))
     with pytest.raises(AssertionError, match="random"):
         type(wrapper).from_config(wrapper.get_config()).build_from_config(built)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_a_loaded_model_runs_the_operations_of_the_float_model(ending, tmp_path):
+    """By type and number; with quantized outputs there are more."""
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(4, 3, activation="relu")(inputs)
+    x = layers.BatchNormalization()(layers.DepthwiseConv2D(3, depth_multiplier=2)(x))
+    x = layers.LSTM(3)(layers.Reshape((4, 8))(x))
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(4, "relu"), layers.Dropout(0.5)])
+    model = keras.Model(inputs, layers.Dense(2)(inner(x)))
+    found = {}
+    for recipe, data in {"w4": None, "w4a8": floats(8, 6, 6, 2)}.items():
+        path = str(tmp_path / f"model{ending}")
+        quantized = qi.quantize_model(model, recipe, data, verbose=0)
+        qi.convert_to_inferable(quantized).save(path)
+        loaded = keras.models.load_model(path, compile=False)
+        assert len(packed_in(loaded)) == 6
+        found[recipe] = traced_operations(loaded, (2, 6, 6, 2))
+    expected = traced_operations(model, (2, 6, 6, 2))
+    assert found["w4"] == expected
+    assert expected.count("Conv2D") == 1
+    assert len(found["w4a8"]) > len(expected)
 
 
 @pytest.mark.parametrize("ending", [".keras", ".h5", ".weights.h5"])
