@@ -2,13 +2,17 @@
 
 Run `python -m benchmarks.files`; it writes `files.json` and `files.md` beside this file. Sizes are
 those of a converted model at 8, 4, 3 and 2 bits and of the float one, against a limit: the packed
-codes, float32 for all that is not quantized, 8 KiB for each wrapped layer, and 3 %. Loads run
-interleaved, in random order, in one process; a ratio is the median over all blocks.
+codes, float32 for all that is not quantized, 8 KiB for each wrapped layer, and 3 %. With them are
+the sizes of `mct.json`, where `benchmarks.mct` has written it. Loads run interleaved, in random
+order, in one process; a ratio is the median over all blocks. `inspect_file` reads 100 MB of codes;
+`--inspect` measures that alone.
 """
 
 import argparse
+import json
 import os
 import tempfile
+import time
 from functools import partial
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,71 +22,69 @@ import numpy as np
 from keras import layers
 
 import keras_qwrap as qi
-from benchmarks.machine import machine, write
+from benchmarks.machine import FOLDER, machine, write
+from benchmarks.stored import BITS, ENDINGS, stored_models
 from benchmarks.timing import compare
 
-BITS = (8, 4, 3, 2)
-ENDINGS = (".keras", ".h5")
+SAVERS = {"model.save": keras.Model.save, "save_quantized_model": qi.save_quantized_model}
 
 
-def convolutions() -> keras.Model:
-    """Eight convolutions with batch normalization, and a head; 2.4 million quantized weights."""
-    inputs = x = keras.Input((32, 32, 3))
-    for i, filters in enumerate((64, 64, 128, 128, 256, 256, 256, 256)):
-        x = layers.Conv2D(filters, 3, 2 if i in (2, 4) else 1, "same", use_bias=False)(x)
-        x = layers.ReLU()(layers.BatchNormalization()(x))
-    outputs = layers.Dense(10)(layers.GlobalAveragePooling2D()(x))
-    return keras.Model(inputs, outputs, name="convolutions")
+def limits(converted: keras.Model) -> tuple[int, float, float]:
+    """How many weights are quantized, and the bytes that a file should not exceed.
 
-
-def perceptron() -> keras.Model:
-    """Three wide layers, with a range for each of their 2058 outputs; 1.9 million weights."""
-    widths = [layers.Dense(1024, activation="relu") for _ in range(2)]
-    return keras.Sequential([keras.Input((784,)), *widths, layers.Dense(10)], name="perceptron")
-
-
-def limit(converted: keras.Model) -> tuple[int, float]:
-    """How many weights are quantized, and the bytes that a file should not exceed."""
+    In the first limit the 8 KiB of a layer are also for its scales; in the second scales are part
+    of what is not quantized.
+    """
     wrappers = [layer for layer in converted.layers if hasattr(layer, "get_codes")]
-    packed = quantized = own = 0
+    packed = quantized = scales = 0
     for wrapper in wrappers:
-        for path, (codes, _, _) in wrapper.get_codes().items():
+        for path, (codes, scale, _) in wrapper.get_codes().items():
             quantized += codes.size
+            scales += scale.size
             packed += codes.size * wrapper.weights_quantizers[path].num_bits / 8
-        own += sum(v.value.shape.num_elements() for v in wrapper.variables)
-        own -= sum(v.value.shape.num_elements() for v in wrapper.layer.variables)
-    every = sum(v.value.shape.num_elements() for v in converted.variables)
-    others = 4 * (every - quantized - own)
-    return quantized, 1.03 * (packed + others + 8192 * len(wrappers))
+    others = 4 * (converted.count_params() - quantized - scales)
+    most = packed + others + 8192 * len(wrappers)
+    return quantized, 1.03 * most, 1.03 * (most + 4 * scales)
 
 
 def sizes(model: keras.Model, folder: str) -> list[dict]:
-    """A row for each width and format."""
+    """A row for each width, format and way to save."""
     rows = []
+    peer = mct_sizes()
     for ending in ENDINGS:
-        path = os.path.join(folder, f"float{ending}")
+        path = os.path.join(folder, f"model{ending}")
         model.save(path)
         in_float = os.path.getsize(path)
         for bits in BITS:
-            converted = qi.convert_to_inferable(qi.quantize_model(model, f"w{bits}"))
-            path = os.path.join(folder, f"{model.name}_{bits}{ending}")
-            converted.save(path)
-            quantized, most = limit(converted)
-            size = os.path.getsize(path)
-            rows.append(
-                {
+            converted = qi.convert_to_inferable(qi.quantize_model(model, f"w{bits}", verbose=0))
+            quantized, most, with_scales = limits(converted)
+            for saver, save in SAVERS.items():
+                save(converted, path)
+                size = os.path.getsize(path)
+                row = {
                     "model": model.name,
                     "quantized weights": quantized,
                     "bits": bits,
                     "format": ending,
+                    "saved by": saver,
                     "bytes": size,
                     "of the limit": round(size / most, 3),
+                    "scales counted": round(size / with_scales, 3),
                     "float bytes": in_float,
                     "times smaller": round(in_float / size, 2),
                 }
-            )
-            print(rows[-1], flush=True)
+                if peer:
+                    row["mct_quantizers"] = peer[model.name, bits, ending]
+                rows.append(row)
+                print(row, flush=True)
     return rows
+
+
+def mct_sizes() -> dict[tuple[str, int, str], int]:
+    """Bytes of mct_quantizers' files, by model, bits and format; none without `mct.json`."""
+    path = FOLDER / "mct.json"
+    rows = json.loads(path.read_text())["sizes"] if path.exists() else []
+    return {(row["model"], row["bits"], row["format"]): row["bytes"] for row in rows}
 
 
 def loads(model: keras.Model, folder: str, instances: int, blocks: int) -> dict:
@@ -106,30 +108,60 @@ def loads(model: keras.Model, folder: str, instances: int, blocks: int) -> dict:
     return compare(makers, instances, blocks)
 
 
+def inspections(folder: str) -> list[dict]:
+    """Seconds that `inspect_file` takes for files of 100 MB, imports aside."""
+    wide = [layers.Dense(4096, use_bias=False) for _ in range(6)]
+    model = keras.Sequential([keras.Input((4096,)), *wide])
+    converted = qi.convert_to_inferable(qi.quantize_model(model, "w8", verbose=0))
+    rows = []
+    for ending in ENDINGS:
+        path = os.path.join(folder, f"large{ending}")
+        qi.save_quantized_model(converted, path)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            qi.inspect_file(path)
+            seconds.append(time.perf_counter() - start)
+        megabytes = round(os.path.getsize(path) / 1e6, 1)
+        rows.append(
+            {"inspect_file": ending, "MB": megabytes, "s": round(float(np.median(seconds)), 2)}
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(rows[0])} |", "| --- " * len(rows[0]) + "|"]
+    return [*lines, *(f"| {' | '.join(map(str, row.values()))} |" for row in rows)]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--instances", type=int, default=3, help="rounds of loading")
     parser.add_argument("--blocks", type=int, default=10, help="timed blocks in each round")
+    parser.add_argument("--inspect", action="store_true", help="only measure inspect_file")
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        inspected = inspections(folder)
+    if options.inspect:
+        return
     rows, times = [], {}
-    for model in (convolutions(), perceptron()):
-        for variable in model.variables:
-            variable.assign(np.random.default_rng(0).normal(size=variable.shape))
+    for model in stored_models(keras):
         with tempfile.TemporaryDirectory() as folder:
             rows += sizes(model, folder)
             times[model.name] = loads(model, folder, options.instances, options.blocks)
             print(times[model.name], flush=True)
-    tables = [f"| {' | '.join(rows[0])} |", "| --- " * len(rows[0]) + "|"]
-    tables += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    tables += ["", "| model | loaded by | ms | ratio to the first |", "| --- " * 4 + "|"]
-    tables += [
-        f"| {model} | {side} | {found['ms']} | {found['ratio']} |"
+    loaded = [
+        {"model": model, "loaded by": side, "ms": found["ms"], "ratio to the first": found["ratio"]}
         for model, sides in times.items()
         for side, found in sides.items()
     ]
-    write("files", "Saved files", machine(), {"sizes": rows, "loads": times}, tables)
+    tables = [*table(rows), "", *table(loaded), "", *table(inspected)]
+    data = {"sizes": rows, "loads": times, "inspections": inspected}
+    write("files", "Saved files", machine(), data, tables)
 
 
 if __name__ == "__main__":
