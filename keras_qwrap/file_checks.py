@@ -21,13 +21,17 @@ from keras_qwrap.sealing import check_seal
 _MOST_TIMES = 20
 _ROOM = 2**28
 _MOST_NODES = 10**6
-_MOST_ELEMENTS = 2**26
 _MOST = 2**24
-_IDENTITIES = ("", "seed", "salt", "shared_object_id", "mask_token", "oov_token")
-"""Keys of numbers that are no sizes; those without a key are parts of lists."""
+_COUNTS = (
+    *("units", "filters", "groups", "tokens", "depth", "repeats", "sections", "iterations"),
+    *("dim", "size", "length", "height", "width", "multiplier", "num"),
+)
+"""Ends of keys of sizes, besides those that begin with `num_`; other numbers are values."""
 
-_SHAPES = ("args", "kwargs", "call", "outputs")
-"""Keys of shapes in what a wrapper is built from."""
+_MOST_ALONG_AXIS = 2**26
+_MOST_ELEMENTS = 2**28
+_SHAPES = ("shape", "shapes", "__keras_qwrap_tensor__")
+"""Ends of keys of shapes, besides `args` and `kwargs` of what a wrapper is built from."""
 
 _CODE = ("__lambda__", "TorchModuleWrapper", "TFSMLayer")
 _TRUST = "The file is damaged or hostile; if you trust it, `keras.models.load_model` loads it."
@@ -97,7 +101,8 @@ def checked_contents(path: Any) -> Contents:
     Raises:
         TypeError, OSError, ValueError: as `read_contents`; and for a name that does not end as
             Keras wants it, and configs that are endless, hold code, shapes of more than 2^26
-            elements or, in Keras' own objects, sizes above 2^24 and the bytes of the arrays.
+            elements along an axis or 2^28 in all or, in Keras' own objects, sizes above 2^24 and
+            the bytes of the arrays. Other numbers may be as large as they like.
     """
     contents = read_contents(path)
     endings = (".h5", ".hdf5") if contents.legacy else (".keras",)
@@ -234,7 +239,7 @@ def _check_arrays(path: str, file: h5py.File) -> int:
 
 
 def _check_config(path: str, config: Any, stored: int) -> None:
-    """Refuse code, endless configs, and numbers and shapes that would fill the memory."""
+    """Refuse code, endless configs, and sizes and shapes that would fill the memory."""
     waiting: list[tuple[str, Any, bool, bool]] = [("", config, False, False)]
     seen, most = 0, max(_MOST, stored)
     while waiting:
@@ -242,24 +247,32 @@ def _check_config(path: str, config: Any, stored: int) -> None:
         seen += 1
         if seen > _MOST_NODES:
             raise _hostile(path, "a config of more values", f"at most {_MOST_NODES:,}")
+        in_shape = in_shape or key.endswith(_SHAPES)
         if isinstance(node, dict):
             _check_code(path, node)
             if "class_name" in node:
                 name = str(node.get("registered_name") or node["class_name"])
                 of_user = ">" in name and not name.startswith("keras_qwrap>")
-            waiting += [(str(name), part, in_shape, of_user) for name, part in node.items()]
+            built = key == "build_config"
+            for name, part in node.items():
+                shaped = in_shape or (built and name in ("args", "kwargs"))
+                waiting.append((str(name), part, shaped, of_user))
         elif isinstance(node, list):
-            in_shape = in_shape or key.endswith("shape") or key in _SHAPES
             _check_shape(path, node if in_shape else [])
-            waiting += [("", part, in_shape, of_user) for part in node]
-        elif isinstance(node, int) and abs(node) > most and not (of_user or key in _IDENTITIES):
+            waiting += [(key, part, in_shape, of_user) for part in node]
+        elif isinstance(node, int) and abs(node) > most and _is_size(key) and not of_user:
             raise _hostile(path, f"{key}={node}", f"at most {most:,}")
 
 
+def _is_size(key: str) -> bool:
+    return key.startswith("num_") or key.endswith(_COUNTS)
+
+
 def _check_shape(path: str, shape: list) -> None:
-    elements = prod(abs(n) for n in shape if isinstance(n, int))
-    if elements > _MOST_ELEMENTS:
-        raise _hostile(path, f"a shape {shape}"[:200], f"at most {_MOST_ELEMENTS} elements")
+    sizes = [abs(n) for n in shape if isinstance(n, int)]
+    if max(sizes, default=0) > _MOST_ALONG_AXIS or prod(map(float, sizes)) > _MOST_ELEMENTS:
+        expected = f"at most {_MOST_ALONG_AXIS} elements along an axis and {_MOST_ELEMENTS} in all"
+        raise _hostile(path, f"a shape {shape}"[:200], expected)
 
 
 def _check_code(path: str, node: dict) -> None:

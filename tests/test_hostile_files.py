@@ -8,7 +8,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 from layer_cases import floats, weight
 from reference import refused, to_numpy
 
@@ -224,6 +224,13 @@ def test_huge_numbers_and_shapes_are_refused_wherever_they_are(ending, tmp_path)
     path = saved(tmp_path, layers.Discretization(bin_boundaries=[0.5]), ending=ending)
     with_config(path, '"num_bins": null', '"num_bins": 60000000')
     refused(ValueError, lambda: load(path), "num_bins=60000000", "at most 16,777,216")
+    parts = [layers.Reshape((3, 1)), layers.Conv1D(4, 2), layers.Flatten()]
+    for old, new in [
+        ('"filters": 4', '"filters": -60000000'),
+        ('"kernel_size": [2]', '"kernel_size": [60000000]'),
+    ]:
+        path = with_config(saved(tmp_path, *parts, ending=ending), old, new)
+        refused(ValueError, lambda path=path: load(path), "60000000", "at most 16,777,216")
     path = saved(tmp_path, Sized(10**9), ending=ending)
     assert load(path).layers[0].size == 10**9
     path = saved(tmp_path, layers.Dropout(0.5, seed=1234567890), ending=ending)
@@ -236,3 +243,58 @@ def test_shapes_of_wrappers_are_shapes(tmp_path):
     model.save(tmp_path / "model.keras")
     path = with_config(tmp_path / "model.keras", "[null, 3]", "[null, 150000000]")
     refused(ValueError, lambda: load(path), "a shape [None, 150000000]", "67108864")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"args": []', '"args": [[null, 70000000]]'),
+        ('"kwargs": {"input_shape": [null, 3]}', '"kwargs": {"x": [null, 70000000]}'),
+        ('[[null, 3], "float32"]', '[[null, 70000000], "float32"]'),
+        ('"output_shapes": null', '"output_shapes": [[null, 20000, 20000]]'),
+    ],
+)
+def test_all_that_wrappers_are_built_from_is_checked(old, new, tmp_path):
+    path = with_config(saved(tmp_path), old, new)
+    refused(ValueError, lambda: load(path), "a shape [None, ", "0000", "67108864 elements")
+
+
+def test_a_shape_without_end_is_refused_at_once(tmp_path):
+    path = with_config(saved(tmp_path), "[null, 3]", json.dumps([2**26] * 400_000))
+    refused(ValueError, lambda: load(path), "a shape [67108864, ", "hostile")
+
+
+CONSTANTS = {
+    "indices": (lambda x: ops.take(x, [3, 17, 25, 40, 51, 63, 33], axis=-1), (64,), [".keras"]),
+    "number": (lambda x: layers.Dense(6)(x) - ops.cast(x > 0, "float32") * 10**9, (6,), [".keras"]),
+    "array": (lambda x: x * np.int32([99, 100, 101, 102, 103, 104]), (6,), [".keras"]),
+    "clip": (lambda x: ops.clip(x, -(10**9), 10**9), (6,), [".keras"]),
+    "relu": (layers.ReLU(max_value=10**8), (6,), [".keras", ".h5"]),
+    "masking": (lambda x: layers.LSTM(2)(layers.Masking(-999999999)(x)), (5, 3), [".keras"]),
+    "rescaling": (layers.Rescaling(1.0, offset=20_000_000), (6,), [".keras", ".h5"]),
+    "normalization": (layers.Normalization(mean=3, variance=10**12), (6,), [".keras", ".h5"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"), [(name, ending) for name in CONSTANTS for ending in CONSTANTS[name][2]]
+)
+def test_large_constants_are_no_sizes(name, ending, tmp_path):
+    function, shape, _ = CONSTANTS[name]
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, layers.Dense(2)(function(inputs)))
+    quantized = qi.quantize_model(model, "w8a8", floats(4, *shape), verbose=0)
+    for saved_model in (quantized, qi.convert_to_inferable(quantized)):
+        path = tmp_path / f"model{ending}"
+        qi.save_quantized_model(saved_model, path)
+        np.testing.assert_array_equal(
+            to_numpy(load(path)(floats(4, *shape))), to_numpy(saved_model(floats(4, *shape)))
+        )
+
+
+def test_large_outputs_of_layers_are_not_taken_for_hostile(tmp_path):
+    inputs = keras.Input((128, 128, 128, 1))
+    x = layers.Conv3D(64, 1)(inputs)
+    model = keras.Model(inputs, layers.GlobalAveragePooling3D()(layers.ReLU()(x)))
+    qi.save_quantized_model(qi.quantize_model(model, "w8"), tmp_path / "model.keras")
+    assert load(tmp_path / "model.keras").count_params() == model.count_params()
