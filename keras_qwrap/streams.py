@@ -72,7 +72,7 @@ def number_of_batches(
     known: Any = None
     whole = _whole_inputs(data, _expected_inputs(model))
     if whole is not None:
-        known = -(-len(keras.tree.flatten(whole)[0]) // batch_size)
+        known = -(-_rows(whole) // batch_size)
     elif isinstance(data, keras.utils.PyDataset):
         known = data.num_batches
     elif hasattr(data, "cardinality"):
@@ -162,9 +162,11 @@ def _is_endless(data: Any) -> bool:
     return hasattr(data, "cardinality") and int(data.cardinality()) == -1
 
 
-def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
-    """Whole arrays cut along their first axis."""
+def _rows(whole: Any) -> int:
+    """The length of the first axis of all whole arrays."""
     arrays = keras.tree.flatten(whole)
+    for array in arrays:
+        _refuse_symbolic("data", array)
     shapes = [tuple(getattr(array, "shape", ())) for array in arrays]
     lengths = {shape[0] if shape else None for shape in shapes}
     if len(lengths) != 1 or None in lengths:
@@ -174,7 +176,17 @@ def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
             "arrays with the same number of rows",
             "Stack the examples along the first axis.",
         )
-    starts = range(0, shapes[0][0], batch_size)
+    return shapes[0][0]
+
+
+def _refuse_symbolic(where: str, value: Any) -> None:
+    if isinstance(value, keras.KerasTensor):
+        raise bad_type(where, value, "values", "Pass arrays; a symbolic tensor holds none.")
+
+
+def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
+    """Whole arrays cut along their first axis."""
+    starts = range(0, _rows(whole), batch_size)
     return (
         keras.tree.map_structure(lambda array, i=start: array[i : i + batch_size], whole)
         for start in starts
@@ -282,6 +294,7 @@ def _array(value: Any, where: str, dtype: str) -> np.ndarray:
 
     Where the model's input has dtype "string", an array of strings.
     """
+    _refuse_symbolic(where, value)
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if "bfloat16" in str(value.dtype) else value

@@ -270,6 +270,8 @@ BAD = {
     "objects": (TypeError, lambda: np.array([[X, "a", None]], object), ["object", "numbers"]),
     "strings": (TypeError, lambda: np.array([["a", "b", "c"]]), ["str", "numbers"]),
     "complex": (TypeError, lambda: X * 1j, ["complex", "numbers"]),
+    "symbolic": (TypeError, lambda: keras.Input((3,)), ["data", "KerasTensor", "arrays"]),
+    "symbolic batch": (TypeError, lambda: iter([X, keras.Input((3,))]), ["batch 1", "arrays"]),
     "scalar": (ValueError, lambda: iter([3.0]), ["batch 0", "()"]),
     "too large": (ValueError, lambda: X.astype("float64") * 1e300, ["batch 0", "infinite"]),
 }
@@ -280,6 +282,13 @@ def test_bad_data_is_refused(kind):
     error, make, fragments = BAD[kind]
     model = keras.Sequential([keras.Input((3,), name="inputs"), layers.Dense(2)])
     refused(error, lambda: list(batches(model, make(), 4)), *fragments)
+
+
+def test_whole_data_without_rows_has_no_number_of_batches():
+    symbolic = keras.Input((3,))
+    for data in (symbolic, (symbolic, Y), {"inputs": symbolic}, [symbolic]):
+        refused(TypeError, lambda data=data: number_of_batches(one_input(), data), "KerasTensor")
+    refused(ValueError, lambda: number_of_batches(one_input(), (5, 6)), "shapes [()]", "rows")
 
 
 def test_nan_and_infinity_are_counted_and_located():
