@@ -168,9 +168,11 @@ class Recipe(Declared):
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
         """The recipe that `to_json` wrote."""
+        if not isinstance(text, (str, bytes, bytearray)):
+            raise bad_type("text", text, "a recipe in JSON", "Pass what `to_json` returned.")
         try:
             config = json.loads(text, object_pairs_hook=_without_repeated_keys)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise bad_value("text", text, "a recipe in JSON", f"It breaks at: {error}.") from error
         return cls.from_config(config)
 

@@ -268,6 +268,9 @@ BAD_RECIPES = [
     (lambda: as_recipe({"rules": ["w8"]}), TypeError, ["rule w8", "a dictionary of its arguments"]),
     (lambda: Recipe.from_config([]), TypeError, ["Recipe", "[]", "a dictionary"]),
     (lambda: Recipe.from_json("{"), ValueError, ["text", "'{'", "in JSON", "line 1"]),
+    (lambda: Recipe.from_json(b"\xff"), ValueError, ["text", "in JSON", "codec"]),
+    (lambda: Recipe.from_json(None), TypeError, ["text", "None", "in JSON", "to_json"]),
+    (lambda: Recipe.from_json(5), TypeError, ["text", "received 5 ", "in JSON", "to_json"]),
     (lambda: Recipe.from_json("[]"), TypeError, ["Recipe", "[]", "a dictionary"]),
     (
         lambda: Recipe.from_json('{"weights": "float", "weights": {}}'),
