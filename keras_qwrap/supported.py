@@ -60,15 +60,24 @@ def refuse_replaced_weights(layer: keras.Layer) -> None:
 
 
 def refuse_raw_variables(layer: keras.Layer) -> None:
-    """Refuse variables of the backend itself: Keras neither saves them nor can copy them."""
-    for path, found in walk(layer, lambda part: True):
-        if _is_raw_variable(found):
-            raise bad_value(
-                "layer",
-                f"layer '{layer.name}' with a {type(found).__name__} at '{path}'",
-                "a layer whose variables are Keras variables",
-                "Create it with `self.add_weight`; Keras neither saves nor copies others.",
-            )
+    """Refuse variables of the backend itself: Keras neither saves them nor can copy them.
+
+    Those of Keras' own layers are what these layers save and copy in a way of their own.
+    """
+    for inner in sublayers(layer):
+        found = [] if _is_of_keras(inner) else walk(inner, lambda part: False)
+        for path, part in found:
+            if _is_raw_variable(part):
+                raise bad_value(
+                    "layer",
+                    f"layer '{inner.name}' with a {type(part).__name__} at '{path}'",
+                    "a layer whose variables are Keras variables",
+                    "Create it with `self.add_weight`; Keras neither saves nor copies others.",
+                )
+
+
+def _is_of_keras(layer: keras.Layer) -> bool:
+    return type(layer).__module__.split(".")[0] == "keras"
 
 
 _RAW_VARIABLES = {("tensorflow", "Variable"), ("torch", "Parameter")}
