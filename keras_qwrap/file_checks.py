@@ -23,8 +23,8 @@ _ROOM = 2**28
 _MOST_NODES = 10**6
 _MOST = 2**24
 _COUNTS = (
-    *("units", "filters", "groups", "tokens", "depth", "repeats", "sections", "iterations"),
-    *("dim", "size", "length", "height", "width", "multiplier", "num"),
+    *("units", "filters", "groups", "tokens", "ngrams", "depth", "repeats", "sections"),
+    *("iterations", "dim", "size", "length", "height", "width", "multiplier", "num"),
 )
 """Ends of keys of sizes, besides those that begin with `num_`; other numbers are values."""
 

@@ -246,6 +246,19 @@ def test_shapes_of_wrappers_are_shapes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        *("units", "filters", "groups", "max_tokens", "chain_depth", "repeats", "ngrams", "num"),
+        *("indices_or_sections", "power_iterations", "input_dim", "vocabulary_size", "height"),
+        *("output_sequence_length", "width", "depth_multiplier", "num_bits", "num_thresholds"),
+    ],
+)
+def test_huge_sizes_are_refused_by_their_keys(key, tmp_path):
+    path = with_config(saved(tmp_path), '"units": 2', f'"{key}": {10**12}')
+    refused(ValueError, lambda: load(path), f"{key}={10**12}", "at most 16,777,216")
+
+
+@pytest.mark.parametrize(
     ("old", "new"),
     [
         ('"args": []', '"args": [[null, 70000000]]'),
