@@ -15,7 +15,7 @@ from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuan
 from keras_qwrap.quantizing_layer import QuantizingLayer, observed, quantizers_in
 from keras_qwrap.range_search import END_METHODS, check_method, find_range
 from keras_qwrap.streams import batches, number_of_batches
-from keras_qwrap.substitution import sublayers
+from keras_qwrap.substitution import State, layer_paths, state_kept
 from keras_qwrap.tensors import Tensor
 
 _DEFAULT = "mse"
@@ -53,7 +53,8 @@ def calibrate(
     values, in a batch or in all, has outliers: they are clipped, for the layers that follow too,
     with a warning. Of fewer than 1000 values all but two count as central, and 1000 times is the
     limit; fewer than 16 are never searched. In later training with `fit` the ranges go on moving,
-    unless frozen by `FreezeRanges(at_epoch=0)`.
+    unless frozen by `FreezeRanges(at_epoch=0)`. Nothing else changes: the states of stateful
+    recurrent layers, too, are as before.
 
     Args:
         model: a built model that holds wrappers or holders with such quantizers.
@@ -125,9 +126,10 @@ def calibrate_each(
         verbose=1 if verbose == "auto" else verbose,
     )
     shifts = np.random.default_rng(_SEED)
-    for inputs in batches(model, data, batch_size, steps):
-        _see(observer, inputs, int(shifts.integers(2**30)), seen)
-        progress.add(1)
+    with state_kept(model):
+        for inputs in batches(model, data, batch_size, steps):
+            _see(observer, inputs, int(shifts.integers(2**30)), seen)
+            progress.add(1)
     ranges: list[tuple[float, float] | None] = []
     for (_, quantizer), one, chosen in zip(rows, seen, methods, strict=True):
         config = quantizer.quantization_config
@@ -168,7 +170,7 @@ def _rows(model: keras.Model) -> list[Row]:
     found = _found(model)
     owners = {id(owner): owner.name for owner, _, _ in found}
     repeated = len(set(owners.values())) < len(owners)
-    paths = _nested_paths(model) if repeated else {}
+    paths = layer_paths(model) if repeated else {}
     names = list(owners.values())
     rows = []
     for owner, role, quantizer in found:
@@ -176,21 +178,6 @@ def _rows(model: keras.Model) -> list[Row]:
         name = owner.name if once else paths.get(id(owner), str(owner.path))
         rows.append((name if role == "output_0" else f"{name}/{role}", quantizer))
     return _told_apart(rows)
-
-
-def _nested_paths(model: keras.Model) -> dict[int, str]:
-    """By `id`, the names of the layers around each layer of a model, and its own."""
-    paths: dict[int, str] = {}
-    waiting: list[tuple[keras.Layer, str]] = [(model, "")]
-    while waiting:
-        outer, prefix = waiting.pop(0)
-        inside = [layer for layer in sublayers(outer) if layer is not outer]
-        deeper = {id(deep) for layer in inside for deep in sublayers(layer) if deep is not layer}
-        for layer in inside:
-            if id(layer) not in deeper and id(layer) not in paths:
-                paths[id(layer)] = f"{prefix}{layer.name}"
-                waiting.append((layer, f"{prefix}{layer.name}/"))
-    return paths
 
 
 def _told_apart(rows: list[Row]) -> list[Row]:
@@ -282,7 +269,9 @@ def _see(observer: _Observer, inputs: Any, shift: int, seen: list["_Seen"]) -> N
     """One batch; run again with outliers clipped, for the layers that follow, where there are."""
     feed = {"inputs": inputs, "shift": np.array(shift, np.int32)}
     bounds = np.array([[-np.inf, np.inf]] * len(seen), np.float32)
+    state = State(observer.model)
     for _ in range(len(seen) + 1):
+        state.restore()
         out = observer.predict_on_batch(feed)
         # Where outputs of several replicas are joined, the first one's come first.
         ends, samples = out["ends"][: len(seen)], out["samples"][: len(seen)]

@@ -16,7 +16,7 @@ from keras_qwrap.errors import bad_value
 from keras_qwrap.inner_layers import kind
 from keras_qwrap.placement import LINEAR
 from keras_qwrap.streams import batches
-from keras_qwrap.substitution import graph_nodes, sublayers
+from keras_qwrap.substitution import graph_nodes, state_kept, sublayers
 from keras_qwrap.tensors import Tensor, to_numpy
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
@@ -91,24 +91,29 @@ def correct_biases(
             "Do without bias correction.",
         )
     found: dict[str, _Mean] = {}
-    for inputs in batches(model, data, batch_size, steps):
-        means: dict[str, list[Tensor]] = {path: [] for path in offsets}
+    with state_kept(model):
+        for inputs in batches(model, data, batch_size, steps):
+            means: dict[str, list[Tensor]] = {path: [] for path in offsets}
 
-        def measure(path: str, outputs: Tensor, means: dict = means) -> Tensor:
-            means[path].append(wanted_offsets[path].mean(outputs))
-            return outputs
+            def measure(path: str, outputs: Tensor, means: dict = means) -> Tensor:
+                means[path].append(wanted_offsets[path].mean(outputs))
+                return outputs
 
-        with _before_activation({path: wanted_offsets[path].layer for path in offsets}, measure):
-            reference(inputs, training=False)
-        rows = len(keras.tree.flatten(inputs)[0])
+            with _before_activation(
+                {path: wanted_offsets[path].layer for path in offsets}, measure
+            ):
+                reference(inputs, training=False)
+            rows = len(keras.tree.flatten(inputs)[0])
 
-        def shift(path: str, outputs: Tensor, means: dict = means, rows: int = rows) -> Tensor:
-            difference = means[path].pop(0) - offsets[path].mean(outputs)
-            found.setdefault(path, _Mean()).add(to_numpy(difference), rows)
-            return outputs + ops.cast(difference, outputs.dtype)
+            def shift(path: str, outputs: Tensor, means: dict = means, rows: int = rows) -> Tensor:
+                difference = means[path].pop(0) - offsets[path].mean(outputs)
+                found.setdefault(path, _Mean()).add(to_numpy(difference), rows)
+                return outputs + ops.cast(difference, outputs.dtype)
 
-        with _before_activation({path: offset.layer for path, offset in offsets.items()}, shift):
-            model(inputs, training=False)
+            with _before_activation(
+                {path: offset.layer for path, offset in offsets.items()}, shift
+            ):
+                model(inputs, training=False)
     for path, mean in found.items():
         offsets[path].move(mean.value)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 from keras.src import backend
 from keras.src.backend.common import global_state
@@ -15,7 +16,7 @@ from keras.src.models.functional import Functional, functional_like_constructor
 from keras.src.utils.python_utils import is_default
 from keras.src.utils.tracking import DotNotTrackScope
 
-from keras_qwrap.tensors import Tensor
+from keras_qwrap.tensors import Tensor, to_numpy
 
 Replacements = Sequence[tuple[keras.Variable, Callable[[], Tensor]]]
 
@@ -77,6 +78,53 @@ def call_with(
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """`layer` and all layers inside it."""
     return layer._flatten_layers()
+
+
+def layer_paths(model: keras.Layer) -> dict[int, str]:
+    """By `id`, the names of the layers around each layer of a model, and its own."""
+    paths: dict[int, str] = {}
+    waiting: list[tuple[keras.Layer, str]] = [(model, "")]
+    while waiting:
+        outer, prefix = waiting.pop(0)
+        inside = [layer for layer in sublayers(outer) if layer is not outer]
+        deeper = {id(deep) for layer in inside for deep in sublayers(layer) if deep is not layer}
+        for layer in inside:
+            if id(layer) not in deeper and id(layer) not in paths:
+                paths[id(layer)] = f"{prefix}{layer.name}"
+                waiting.append((layer, f"{prefix}{layer.name}/"))
+    return paths
+
+
+class State:
+    """What running a layer in inference may move, as it is now: states, seeds, counters.
+
+    States of recurrent layers are none of their variables.
+    """
+
+    def __init__(self, layer: keras.Layer) -> None:
+        inside = sublayers(layer)
+        fixed = {id(variable) for inner in inside for variable in inner._trainable_variables}
+        moving = [variable for variable in layer.variables if id(variable) not in fixed]
+        for inner in inside:
+            states = keras.tree.flatten(getattr(inner, "states", None))
+            moving += [state for state in states if isinstance(state, keras.Variable)]
+        self._values = [(variable, to_numpy(variable).copy()) for variable in moving]
+
+    def restore(self) -> None:
+        """Set back what has moved."""
+        for variable, value in self._values:
+            if not np.array_equal(to_numpy(variable), value):
+                variable.assign(value)
+
+
+@contextmanager
+def state_kept(layer: keras.Layer) -> Iterator[None]:
+    """Set back, at the end, what running the layer in inference has moved."""
+    state = State(layer)
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 @contextmanager
