@@ -31,6 +31,7 @@ _FEWEST_FOR_OUTLIERS = 16
 
 Methods = str | Mapping[str, str] | None
 Row = tuple[str, MovingAverageActivationQATQuantizer]
+Found = tuple[QuantizingLayer, str, MovingAverageActivationQATQuantizer]
 
 
 def calibrate(
@@ -145,16 +146,23 @@ def calibrate_each(
     return found
 
 
-def _found(
-    model: keras.Model,
-) -> list[tuple[QuantizingLayer, str, MovingAverageActivationQATQuantizer]]:
-    """Owner, role and quantizer of every range to be found."""
-    check_built(model)
-    found = [
+def has_ranges_to_find(model: keras.Model) -> bool:
+    """Whether there is anything to calibrate in a model."""
+    return bool(_to_be_found(model))
+
+
+def _to_be_found(model: keras.Model) -> list[Found]:
+    return [
         (owner, role, quantizer)
         for owner, role, quantizer in quantizers_in(model)
         if isinstance(quantizer, MovingAverageActivationQATQuantizer) and quantizer.enabled
     ]
+
+
+def _found(model: keras.Model) -> list[Found]:
+    """Owner, role and quantizer of every range to be found."""
+    check_built(model)
+    found = _to_be_found(model)
     if not found:
         raise bad_value(
             "model",

@@ -24,7 +24,7 @@ class KerasActivationQuantizationHolder(QuantizingLayer):
     """Quantizes its input, for example a model's, or a sum's.
 
     `outputs = activation_holder_quantizer(inputs)`; shape, dtype and mask are kept, the gradient
-    is the quantizer's.
+    is the quantizer's. None, which an optional input of a model may be, stays None.
 
     Args:
         activation_holder_quantizer: an activation quantizer.
@@ -63,8 +63,10 @@ class KerasActivationQuantizationHolder(QuantizingLayer):
             raise bad_value("inputs", input_shape, "one tensor", "Use a holder for each tensor.")
         self._initialize(self.activation_holder_quantizer, tuple(input_shape), "output_0")
 
-    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+    def call(self, inputs: Tensor | None, training: bool | None = None) -> Tensor | None:
         """The quantized tensor."""
+        if inputs is None:
+            return None
         return self._quantize(self.activation_holder_quantizer, inputs, training)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:

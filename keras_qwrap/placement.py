@@ -11,7 +11,9 @@ The rules, for each operation of a Functional or Sequential graph:
 - Operations that move values or choose among them (pooling, reshape, padding, cropping, ...) carry
   the grid of their input; those that average or interpolate carry its scale, as integer kernels do.
 - Softmax and sigmoid lie in `[0, 1)`, tanh in `[-1, 1)`: their grids are known.
-- Everything else is quantized onto a grid that is found from data. Integer tensors are not.
+- Everything else is quantized onto a grid that is found from data. Integer tensors are not, nor
+  those that Keras declares as floats and computes as integers (what lookups count, and sums or
+  concatenations of such), nor sparse and ragged ones.
 - A model's input is left as it is where something needs its exact values (token ids, the value that
   stands for a masked step), also behind functions of that input alone, and where only batch
   normalization or `Normalization` reads it, made for inputs of unlike sizes; so is whatever else
@@ -26,7 +28,7 @@ import keras
 
 from keras_qwrap.copying import is_graph, unwrapped
 from keras_qwrap.inner_layers import is_identity, kind
-from keras_qwrap.substitution import GraphNode, graph_nodes
+from keras_qwrap.substitution import GraphNode, graph_nodes, output_specs
 
 LINEAR = frozenset(
     {f"Conv{rank}D{kind}" for rank in (1, 2, 3) for kind in ("", "Transpose")}
@@ -102,16 +104,66 @@ def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
     nodes = graph_nodes(model)
     fused = fusions(nodes, model.outputs)
     behind = {id(reader) for readers in fused.values() for reader in readers}
+    computed = as_computed(model)
+
+    def can_be(tensors: list[keras.KerasTensor]) -> bool:
+        return all(can_be_quantized(computed.get(id(tensor), tensor)) for tensor in tensors)
+
     found: dict[int, list[OutputRange]] = {}
     for node in nodes:
         operation = node.operation
-        carried = (
-            carries_grid(operation) and _are_float(node.inputs) and id(operation) not in behind
-        )
-        skipped = is_graph(operation) or carried or not _are_float(node.outputs)
+        carried = carries_grid(operation) and can_be(node.inputs) and id(operation) not in behind
+        skipped = is_graph(operation) or carried or not can_be(node.outputs)
         if not skipped and id(operation) not in fused:
             found[id(operation)] = [output_range(operation)] * len(node.outputs)
     return found
+
+
+def can_be_quantized(tensor: keras.KerasTensor) -> bool:
+    """Whether a tensor is of floats, and neither sparse nor ragged."""
+    return _are_float([tensor]) and not (tensor.sparse or getattr(tensor, "ragged", False))
+
+
+def as_computed(model: keras.Model) -> dict[int, keras.KerasTensor]:
+    """What a graph computes unlike Keras declares it, by the declared tensor's `id`.
+
+    Lookups declare their counts as floats, as merging layers do with all that they make of
+    integers, and products with a number are declared sparse.
+    """
+    found: dict[int, keras.KerasTensor] = {}
+    for node in graph_nodes(model):
+        made: list[Any] = []
+        if is_graph(node.operation):
+            inside = as_computed(node.operation)
+            made = [inside.get(id(tensor), tensor) for tensor in node.operation.outputs]
+        elif _may_be_declared_wrong(node, found):
+            made = _traced(node, found)
+        for declared, tensor in zip(node.outputs, made, strict=False):
+            known = isinstance(tensor, keras.KerasTensor)
+            if known and can_be_quantized(tensor) != can_be_quantized(declared):
+                found[id(declared)] = tensor
+    return found
+
+
+def _may_be_declared_wrong(node: GraphNode, known: dict[int, keras.KerasTensor]) -> bool:
+    if any(tensor.sparse for tensor in node.outputs):
+        return True
+    if any(_are_float([known.get(id(tensor), tensor)]) for tensor in node.inputs):
+        return False
+    variables = getattr(node.operation, "variables", [])
+    made_by_floats = any("float" in variable.dtype for variable in variables)
+    return _are_float(node.outputs) and not made_by_floats
+
+
+def _traced(node: GraphNode, known: dict[int, keras.KerasTensor]) -> list[Any]:
+    """The outputs that an operation gives when it runs; none where it cannot be traced."""
+    args, kwargs = keras.tree.map_structure(
+        lambda value: known.get(id(value), value), node.arguments
+    )
+    try:
+        return keras.tree.flatten(output_specs(node.operation, args, kwargs))
+    except Exception:
+        return []
 
 
 def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, list[Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.calibration import calibrate_each
+from keras_qwrap.calibration import calibrate_each, has_ranges_to_find
 from keras_qwrap.copying import (
     Copier,
     carry_compiled,
@@ -24,6 +24,7 @@ from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
 from keras_qwrap.placement import (
     OutputRange,
+    can_be_quantized,
     carries_grid,
     exact_inputs,
     output_range,
@@ -40,6 +41,7 @@ from keras_qwrap.specs import (
     activation_quantizer,
     weights_quantizer,
 )
+from keras_qwrap.streams import batches
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer
 from keras_qwrap.supported import check_supported
@@ -113,10 +115,13 @@ def quantize_model(
         new, methods = _quantize_subclassed(model, recipe, example)
     if recipe.bias_correction:
         correct_biases(new, model, calibration_data, batch_size, steps)
-    if calibration_data is not None and _finds_ranges(recipe):
+    if calibration_data is not None and has_ranges_to_find(new):
         calibrate_each(
             new, calibration_data, lambda made: methods[id(made)], batch_size, steps, verbose
         )
+    elif calibration_data is not None and not recipe.bias_correction:
+        for _ in batches(new, calibration_data, batch_size, steps):
+            pass  # Refuses data that does not fit, though nothing is to be found in it.
     return new
 
 
@@ -312,10 +317,7 @@ class _GraphQuantizer(Copier):
         return [self._holder(model.inputs[0].name, spec), *layers] if spec else layers
 
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
-        if (
-            "float" not in keras.backend.standardize_dtype(tensor.dtype)
-            or id(tensor) in self._exact
-        ):
+        if not can_be_quantized(tensor) or id(tensor) in self._exact:
             return None
         return self._decisions[id(input_layer(tensor))].activations
 
@@ -350,7 +352,7 @@ def _quantize_subclassed(
     methods: dict[int, str] = {}
     for path, (layer, outputs) in units.items():
         wanted = decisions[path].activations
-        floats = all("float" in keras.backend.standardize_dtype(t.dtype) for t in outputs)
+        floats = all(can_be_quantized(tensor) for tensor in outputs)
         apart = not (carries_grid(layer) or _gathers(layer, decisions[path]))
         if wanted and outputs and floats and apart:
             kind = output_range(layer)

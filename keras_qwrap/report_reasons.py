@@ -9,7 +9,14 @@ import keras
 from keras_qwrap.copying import is_graph, unwrapped
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.inner_layers import kind
-from keras_qwrap.placement import NORMALIZATIONS, carries_grid, exact_inputs, fusions
+from keras_qwrap.placement import (
+    NORMALIZATIONS,
+    as_computed,
+    can_be_quantized,
+    carries_grid,
+    exact_inputs,
+    fusions,
+)
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Decision
@@ -98,6 +105,7 @@ def outputs_in_graph(
     if inputs:
         nodes = [GraphNode(input_layer(tensor), [], [tensor]) for tensor in graph.inputs] + nodes
     exact = exact_inputs(graph)
+    computed = as_computed(graph)
     found: dict[int, UnquantizedOutputs] = {}
     for node in nodes:
         operation = node.operation
@@ -110,7 +118,8 @@ def outputs_in_graph(
             else:
                 placed = _read_exactly(exact.get(id(node.outputs[0]), []))
             placed = _fused(fused.get(id(inner), [])) or placed
-            found[id(operation)] = why_unquantized(inner, node.outputs, placed, decisions)
+            outputs = [computed.get(id(tensor), tensor) for tensor in node.outputs]
+            found[id(operation)] = why_unquantized(inner, outputs, placed, decisions)
     return found
 
 
@@ -160,6 +169,8 @@ def why_unquantized(
     if not all(floats):
         state = "float" if any(floats) else "no float"
         return UnquantizedOutputs(state, f"its dtype is {' and '.join(dtypes)}")
+    if not all(can_be_quantized(tensor) for tensor in outputs):
+        return UnquantizedOutputs("float", "it is sparse or ragged")
     if (
         not placed
         and carries_grid(operation)

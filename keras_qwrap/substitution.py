@@ -232,6 +232,8 @@ class GraphNode:
     operation: Any
     inputs: list[keras.KerasTensor]
     outputs: list[keras.KerasTensor]
+    arguments: tuple = ()
+    """Positional and keyword arguments of the call."""
 
 
 def graph_nodes(model: keras.Model) -> list[GraphNode]:
@@ -242,7 +244,12 @@ def graph_nodes(model: keras.Model) -> list[GraphNode]:
     """
     by_depth = getattr(model, "_functional", model)._nodes_by_depth
     return [
-        GraphNode(node.operation, list(node.input_tensors), list(node.outputs))
+        GraphNode(
+            node.operation,
+            list(node.input_tensors),
+            list(node.outputs),
+            (node.arguments.args, node.arguments.kwargs),
+        )
         for depth in sorted(by_depth, reverse=True)
         for node in by_depth[depth]
         if not node.is_input

@@ -164,6 +164,57 @@ def test_what_carries_a_grid_is_quantized_where_its_input_is_no_float():
     assert placed(model) == {"flip": DATA, "conv": DATA}
 
 
+def lookup(mode="multi_hot"):
+    return layers.IntegerLookup(vocabulary=[3, 5, 9], output_mode=mode)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("mode", ["multi_hot", "count", "tf_idf"])
+def test_what_is_computed_as_integers_is_not_quantized_though_it_is_declared_as_floats(mode):
+    """Keras declares counts, and what merging layers make of integers, as floats."""
+    inputs = keras.Input((4,), dtype="int64", name="ids")
+    weights = {"idf_weights": [0.1, 0.2, 0.3]} if mode == "tf_idf" else {}
+    table = layers.IntegerLookup(vocabulary=[3, 5, 9], output_mode=mode, name="lookup", **weights)
+    counts = table(inputs)
+    assert counts.dtype == "float32"
+    both = layers.Concatenate(name="both")([counts, more := keras.Input((4,), dtype="int64")])
+    model = keras.Model([inputs, more], [both, counts * 0.5])
+    floats = {"lookup": DATA, "both": DATA} if mode == "tf_idf" else {}
+    assert placed(model) == floats | {model.output_names[1]: DATA}
+
+
+@pytest.mark.tensorflow
+def test_integers_declared_as_floats_are_followed_through_functions_and_nested_models():
+    inputs = keras.Input((4,), dtype="int64")
+    inner = keras.Model(inputs, lookup()(inputs), name="inner")
+    first, second = keras.Input((4,), dtype="int64"), keras.Input((4,), dtype="int64")
+    total = layers.ReLU(name="relu")(inner(first) + inner(second))
+    pooled = layers.GlobalAveragePooling1D(name="pool")(layers.Reshape((2, 2))(total))
+    model = keras.Model([first, second], [total, layers.Dense(2, name="dense")(total), pooled])
+    assert placed(model) == {"dense": DATA, "pool": DATA}
+    inner = keras.Sequential([keras.Input((4,)), layers.ReLU(name="deep")], name="floats")
+    outside = keras.Model([first, second], inner(total) * 0.5)
+    assert placed(inner) == {"deep": DATA}
+    assert list(placed(outside).values()) == [DATA]
+
+
+def test_what_makes_floats_of_integers_is_quantized():
+    image = keras.Input((8, 8, 3), dtype="uint8")
+    model = keras.Model(image, [layers.Rescaling(0.1, name="scaled")(image), image / 255])
+    assert list(placed(model).values()) == [DATA, DATA]
+    tokens = [keras.Input((4,), dtype="int32") for _ in range(2)]
+    both = layers.Concatenate(name="both")(tokens)
+    assert placed(keras.Model(tokens, [both, layers.Dense(2, name="dense")(both)])) == {
+        "dense": DATA
+    }
+
+
+def test_a_product_with_a_number_is_dense():
+    inputs = keras.Input((4,))
+    product = inputs * 2.0
+    assert list(placed(keras.Model(inputs, product)).values()) == [DATA]
+
+
 def exact(model):
     """`{input name: names of what needs its exact values}`."""
     found = exact_inputs(model)
