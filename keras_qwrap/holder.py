@@ -19,6 +19,11 @@ from keras_qwrap.quantizing_layer import (
 from keras_qwrap.tensors import Tensor
 
 
+def unquantized_name(name: str) -> str:
+    """What a function is called where the holder behind it has its name."""
+    return f"{name}_unquantized"
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
 class KerasActivationQuantizationHolder(QuantizingLayer):
     """Quantizes its input, for example a model's, or a sum's.

@@ -1,7 +1,9 @@
 """`quantize_model`: a whole float model, made quantization-aware by a recipe."""
 
 import itertools
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from keras_qwrap.copying import (
 from keras_qwrap.correction import correct_biases
 from keras_qwrap.errors import bad_value
 from keras_qwrap.folding import fold_batch_norm
-from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.holder import KerasActivationQuantizationHolder, unquantized_name
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
 from keras_qwrap.placement import (
     OutputRange,
@@ -63,7 +65,9 @@ def quantize_model(
 
     Every layer whose weights are quantized or whose output is, is a `KerasQuantizationWrapper` of
     the same name in the new model; inputs and functions between layers have a
-    `KerasActivationQuantizationHolder` behind them. Weights are copied, layers stay shared, and
+    `KerasActivationQuantizationHolder` behind them, `<name>_quantizer`. Behind a function that
+    makes an output of the model it has the function's name, so that `output_names` are the same,
+    and the function is `<name>_unquantized`. Weights are copied, layers stay shared, and
     `model` is left as it is. Activation ranges come from `calibration_data`, from a later
     `calibrate`, or from training; until then activations pass unquantized in inference. With
     `bias_correction` the recipe also shifts biases, by the same data.
@@ -263,6 +267,9 @@ class _GraphQuantizer(Copier):
             self._outputs |= output_ranges(graph)
         self._exact = exact_inputs(model)
         self._held: dict[int, keras.KerasTensor] = {}
+        names = [{op.name for op in getattr(g, "operations", g.layers)} for g in graphs]
+        self._taken = set().union(*names)
+        self._making = {key: place for graph in graphs for key, place in _making_outputs(graph)}
 
     def new_layer(self, layer: keras.Layer) -> keras.Layer:
         decision = self._decisions[id(layer)]
@@ -286,18 +293,23 @@ class _GraphQuantizer(Copier):
         args, kwargs = keras.tree.map_structure(
             lambda value: self._held.get(id(value), value), (args, kwargs)
         )
-        outputs = new(*args, **kwargs)
-        if isinstance(layer, keras.Layer) or id(layer) not in self._outputs:
-            return outputs
-        spec = self._decisions[id(layer)].activations
+        spec = None
+        if not isinstance(layer, keras.Layer) and id(layer) in self._outputs:
+            spec = self._decisions[id(layer)].activations
         if spec is None:
-            return outputs
-        flat = keras.tree.flatten(outputs)
-        names = [layer.name if len(flat) == 1 else f"{layer.name}_{i}" for i in range(len(flat))]
+            return new(*args, **kwargs)
         kinds = self._outputs[id(layer)]
+        stems = [f"{layer.name}_{i}" for i in range(len(kinds))] if kinds[1:] else [layer.name]
+        names = [f"{stem}_quantizer" for stem in stems]
+        making = self._making.get(id(layer))
+        if making is not None and _scope_name(layer.name) == layer.name:
+            new.name = self._free(unquantized_name(layer.name))
+            self._taken.remove(layer.name)
+            names[making] = layer.name
+        outputs = new(*args, **kwargs)
         held = [
-            self._holder(name, spec, output)(tensor)
-            for name, output, tensor in zip(names, kinds, flat, strict=True)
+            self._holder(name, spec, kind)(tensor)
+            for name, kind, tensor in zip(names, kinds, keras.tree.flatten(outputs), strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, held)
 
@@ -308,13 +320,15 @@ class _GraphQuantizer(Copier):
             for old, new in zip(olds, keras.tree.flatten(inputs), strict=True):
                 spec = self._input_spec(old)
                 if spec:
-                    self._held[id(new)] = self._holder(new.name, spec)(new)
+                    self._held[id(new)] = self._holder(f"{new.name}_quantizer", spec)(new)
         return inputs
 
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
         layers = super().sequential_layers(model)
         spec = self._input_spec(model.inputs[0]) if model is self._model else None
-        return [self._holder(model.inputs[0].name, spec), *layers] if spec else layers
+        if spec is None:
+            return layers
+        return [self._holder(f"{model.inputs[0].name}_quantizer", spec), *layers]
 
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
         if not can_be_quantized(tensor) or id(tensor) in self._exact:
@@ -326,13 +340,32 @@ class _GraphQuantizer(Copier):
     ) -> keras.Layer:
         quantizer = _output_quantizer(spec, output)
         self.methods[id(quantizer)] = spec.range
-        return KerasActivationQuantizationHolder(quantizer, name=self._free(f"{name}_quantizer"))
+        return KerasActivationQuantizationHolder(quantizer, name=self._free(_scope_name(name)))
 
     def _free(self, name: str) -> str:
-        """`name`, or what comes next where a layer has it already."""
-        taken = {layer.name for layer in self._model.layers}
-        number = next(n for n in itertools.count() if (f"{name}_{n}" if n else name) not in taken)
-        return f"{name}_{number}" if number else name
+        """`name`, or what comes next where it is taken; taken from now on."""
+        tries = (f"{name}_{number}" if number else name for number in itertools.count())
+        free = next(each for each in tries if each not in self._taken)
+        self._taken.add(free)
+        return free
+
+
+def _scope_name(name: str) -> str:
+    """`name`, with `_` for what TensorFlow does not take in the name of a layer."""
+    return re.sub(r"[^A-Za-z0-9_.\\>-]", "_", name)
+
+
+def _making_outputs(graph: keras.Model) -> Iterator[tuple[int, int]]:
+    """The `id` of each operation that makes one output of a graph, and which of its outputs it is.
+
+    One that makes several is left out: they have one name.
+    """
+    leaving = {id(tensor) for tensor in graph.outputs}
+    calls = Counter(id(node.operation) for node in graph_nodes(graph))
+    for node in graph_nodes(graph):
+        places = [i for i, tensor in enumerate(node.outputs) if id(tensor) in leaving]
+        if len(places) == calls[id(node.operation)] == 1:
+            yield id(node.operation), places[0]
 
 
 def _quantize_subclassed(

@@ -126,7 +126,7 @@ def test_a_recipe_is_told_of_the_quantized_the_converted_and_the_reloaded_model(
     placed = {path.removesuffix("_quantizer") for path in quantized_outputs(report)}
     assert placed | set(outputs) == {operation.name for operation in network().operations}
     assert placed & set(outputs) == set()
-    assert behind == ([] if recipe == "w8" else ["image_quantizer", "double_quantizer"])
+    assert behind == ([] if recipe == "w8" else ["image_quantizer", "double"])
 
 
 def test_without_the_recipe_only_placement_is_known():

@@ -1,0 +1,116 @@
+"""`quantize_model` keeps names: those of outputs too, where a holder makes them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from reference import to_numpy
+
+import keras_qwrap as qi
+from keras_qwrap import KerasActivationQuantizationHolder as Holder
+
+
+def rows(random, count=16):
+    return random.normal(size=(count, 6)).astype("float32")
+
+
+def two_heads():
+    """A sum, and a layer, make the outputs; the sum is read besides."""
+    inputs = keras.Input((6,), name="in")
+    total = layers.Dense(2, name="left")(inputs) + layers.Dense(2, name="right")(inputs)
+    second = layers.Dense(2, name="second")(ops.tanh(total) * 2.0)
+    model = keras.Model(inputs, [total, second])
+    losses = dict.fromkeys(model.output_names, "mse")
+    metrics = {model.output_names[0]: ["mae"]}
+    model.compile("sgd", loss=losses, metrics=metrics)
+    return model
+
+
+def test_outputs_keep_their_names_and_the_compile_state_fits(random, tmp_path):
+    model, x = two_heads(), rows(random)
+    quantized = qi.quantize_model(model, "w8a8", x, verbose=0)
+    total = model.output_names[0]
+    assert isinstance(quantized.get_layer(total), Holder)
+    targets = dict.fromkeys(model.output_names, np.zeros((16, 2)))
+    quantized.fit(x, targets, verbose=0)
+    converted = qi.convert_to_inferable(quantized)
+    converted.save(tmp_path / "model.keras")
+    for each in (quantized, converted, keras.models.load_model(tmp_path / "model.keras")):
+        assert each.output_names == model.output_names
+        for layer in model.layers:
+            assert each.get_layer(layer.name).name == layer.name
+        for output, expected in zip(each(x), quantized(x), strict=True):
+            np.testing.assert_array_equal(to_numpy(output), to_numpy(expected))
+    assert np.isfinite(each.evaluate(x, targets, verbose=0)).all()
+
+
+def test_a_function_behind_which_nothing_is_quantized_keeps_its_name():
+    model = two_heads()
+    quantized = qi.quantize_model(model, "w8")
+    assert {op.name for op in quantized.operations} == {op.name for op in model.operations}
+    names = {op.name for op in qi.quantize_model(model, "w8a8").operations}
+    tanh, product = (
+        op.name for op in model.operations if type(op).__name__ in ("Tanh", "Multiply")
+    )
+    assert {tanh, f"{tanh}_quantizer", product, f"{product}_quantizer"} <= names
+
+
+def test_outputs_of_nested_models_keep_their_names():
+    def inner(name):
+        inputs = keras.Input((6,))
+        return keras.Model(inputs, layers.Dense(6)(inputs) + inputs, name=name)
+
+    inputs, (first, second) = keras.Input((6,)), (inner("first"), inner("second"))
+    model = keras.Model(inputs, second(first(inputs)) * 0.5)
+    quantized = qi.quantize_model(model)
+    assert quantized.output_names == model.output_names
+    for part in (first, second):
+        assert quantized.get_layer(part.name).output_names == part.output_names
+
+
+def test_names_that_are_taken_are_not_given_twice():
+    inputs = keras.Input((6,))
+    total = inputs + 1.0
+    name = total._keras_history.operation.name
+    other = layers.Dense(2, name=f"{name}_unquantized")(inputs)
+    model = keras.Model(inputs, [total, other])
+    quantized = qi.quantize_model(model)
+    assert quantized.output_names == model.output_names
+    assert f"{name}_unquantized_1" in [operation.name for operation in quantized.operations]
+
+
+@pytest.mark.parametrize("leaving", [[1], [0, 1]])
+def test_outputs_of_one_function(leaving, random):
+    """Where several leave the model they have one name, which layers cannot have."""
+    inputs, x = keras.Input((6,)), rows(random)
+    moments = ops.moments(layers.Dense(6)(inputs), axes=[-1])
+    model = keras.Model(inputs, [moments[i] for i in leaving])
+    quantized = qi.quantize_model(model, "w8a8", x, verbose=0)
+    name = model.output_names[0]
+    expected = [name] if len(leaving) == 1 else [f"{name}_{i}_quantizer" for i in leaving]
+    assert quantized.output_names == expected
+    pairs = zip(keras.tree.flatten(quantized(x)), keras.tree.flatten(model(x)), strict=True)
+    for output, wanted in pairs:
+        np.testing.assert_allclose(to_numpy(output), to_numpy(wanted), atol=0.2)
+
+
+def test_a_function_that_is_called_twice_has_a_holder_behind_each_call():
+    inputs = keras.Input((6,))
+    first = ops.square(inputs)
+    square = first._keras_history.operation
+    quantized = qi.quantize_model(keras.Model(inputs, [first, square(layers.Dense(6)(inputs))]))
+    names = [f"{square.name}_quantizer", f"{square.name}_quantizer_1"]
+    assert sorted(quantized.output_names) == names
+
+
+@pytest.mark.parametrize("functional", [True, False])
+@pytest.mark.parametrize("name", ["my in", "in:0", "größe"])
+def test_inputs_whose_names_are_no_scopes(name, functional, random):
+    inputs, x = keras.Input((6,), name=name), rows(random)
+    dense = layers.Dense(2, name="dense")
+    model = keras.Model(inputs, dense(inputs)) if functional else keras.Sequential([inputs, dense])
+    quantized = qi.quantize_model(model, "w8a8", x, verbose=0)
+    assert quantized.inputs[0].name == name
+    np.testing.assert_array_equal(quantized.predict(x, verbose=0), to_numpy(quantized(x)))
+    named = qi.quantize_model(model, "w8a8", {name: x}, verbose=0)
+    np.testing.assert_array_equal(named.predict(x, verbose=0), to_numpy(quantized(x)))
