@@ -6,11 +6,11 @@ import keras
 import numpy as np
 
 from keras_qwrap.copying import Copier, check_graph, is_graph
-from keras_qwrap.holder import KerasActivationQuantizationHolder
+from keras_qwrap.holder import KerasActivationQuantizationHolder, unquantized_name
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in, refuse_inner_wrappers
 from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.substitution import sublayers
+from keras_qwrap.substitution import input_layer, sublayers
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -87,7 +87,8 @@ def unwrap_model(model: keras.Model) -> keras.Model:
 
     Activations are no longer quantized: the outputs equal those of `model` in inference only where
     no activation is quantized. Activity regularizers of wrappers and holders go with them, and
-    where a holder made an output, its entry in `output_names` is that of the layer before.
+    where a holder made an output, its entry in `output_names` is that of the layer before. A
+    function that `quantize_model` renamed gets back the name that its holder had.
 
     Frozen layers stay frozen, except that what conversion froze can be trained again: all that
     converted wrappers and a converted `QuantizedModel` held, whatever it was before.
@@ -158,7 +159,12 @@ class _Unwrapper(Copier):
 
     def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
         if new is None:
-            return args[0] if args else kwargs["inputs"]
+            inputs = args[0] if args else kwargs["inputs"]
+            before = input_layer(inputs)
+            renamed = before.name.startswith(unquantized_name(layer.name))
+            if renamed and not isinstance(before, keras.Layer):
+                before.name = layer.name
+            return inputs
         return new(*args, **kwargs)
 
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:

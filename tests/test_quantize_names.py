@@ -114,3 +114,13 @@ def test_inputs_whose_names_are_no_scopes(name, functional, random):
     np.testing.assert_array_equal(quantized.predict(x, verbose=0), to_numpy(quantized(x)))
     named = qi.quantize_model(model, "w8a8", {name: x}, verbose=0)
     np.testing.assert_array_equal(named.predict(x, verbose=0), to_numpy(quantized(x)))
+
+
+def test_unwrapping_gives_functions_their_names_back(random):
+    model, x = two_heads(), rows(random)
+    quantized = qi.quantize_model(model, "w8a8", x, verbose=0)
+    for each in (quantized, qi.convert_to_inferable(quantized)):
+        plain = qi.unwrap_model(each)
+        assert [op.name for op in plain.operations] == [op.name for op in model.operations]
+        assert plain.output_names == model.output_names
+        plain.fit(x, dict.fromkeys(model.output_names, np.zeros((16, 2))), verbose=0)
