@@ -218,6 +218,9 @@ def _weight_quantizer(
     layer: keras.Layer, path: str, axes: int | tuple[int, ...] | None, spec: WeightsSpec
 ) -> BaseKerasTrainableQuantizer:
     weight = to_numpy(find_weight(layer, path)).astype(np.float32)
+    if not np.isfinite(weight).all():
+        received = f"layer '{layer.name}' whose weight '{path}' is not finite"
+        raise bad_value("model", received, "finite weights", "Train it again, or leave it out.")
     number = len(axes) if isinstance(axes, tuple) else 1
     kept = axes if spec.per_channel and number < weight.ndim else None
     params = None

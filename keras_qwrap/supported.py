@@ -28,6 +28,13 @@ def check_supported(layer: keras.Layer) -> None:
                 "a layer that is made outside a `keras.RematScope`",
                 "Rematerialization runs the layer again with its float weights.",
             )
+        if getattr(inner, "output_mode", None) == "tf_idf":
+            raise bad_value(
+                "layer",
+                f"{where} with output mode tf_idf",
+                "a lookup of another mode",
+                "Keras cannot run a copy of it before it has its vocabulary.",
+            )
     refuse_replaced_weights(layer)
     refuse_raw_variables(layer)
 

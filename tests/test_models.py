@@ -1,6 +1,7 @@
 """Conversion for inference: of wrappers, and of whole models."""
 
 import json
+from contextlib import nullcontext
 
 import keras
 import numpy as np
@@ -353,7 +354,10 @@ def test_vocabularies_that_were_adapted_stay(cls, mode, recipe, tmp_path):
     model = keras.Model(inputs, layers.Dense(2)(x))
     words = tf.constant([["a"], ["c"], ["x"]])
     data = words if "a" in recipe else None
-    quantized = qi.quantize_model(model, recipe, data, verbose=0)
+    left = mode == "tf_idf" and recipe == "w16a16"
+    warned = pytest.warns(match="left in float.*tf_idf") if left else nullcontext()
+    with warned:
+        quantized = qi.quantize_model(model, recipe, data, verbose=0)
     np.testing.assert_allclose(to_numpy(quantized(words)), to_numpy(model(words)), atol=1e-3)
     converted = qi.convert_to_inferable(quantized)
     converted.save(tmp_path / "model.keras")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from reference import refused
 
 import keras_qwrap as qi
 from keras_qwrap import KerasActivationQuantizationHolder as Holder
@@ -263,6 +264,14 @@ class Forgetful(layers.Layer):
 def test_bad_models(make, error, message):
     with pytest.raises(error, match=message):
         qi.quantize_model(make())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(value):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="dense")])
+    model.layers[0].kernel.assign([[1.0, value], [2.0, 3.0]])
+    found = "layer 'dense' whose weight 'kernel' is not finite"
+    refused(ValueError, lambda: qi.quantize_model(model, "w8"), found)
 
 
 def test_a_weight_without_elements_is_left_in_float():
