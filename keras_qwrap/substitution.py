@@ -96,19 +96,21 @@ def layer_paths(model: keras.Layer) -> dict[int, str]:
 
 
 class State:
-    """What running a layer in inference may move, as it is now: states, seeds, counters.
+    """What running a layer in inference may move, as it is now.
 
-    States of recurrent layers are none of their variables.
+    States of recurrent layers (which are none of their variables), seeds, and what layers of the
+    user's count in variables that are not trained.
     """
 
     def __init__(self, layer: keras.Layer) -> None:
-        inside = sublayers(layer)
-        fixed = {id(variable) for inner in inside for variable in inner._trainable_variables}
-        moving = [variable for variable in layer.variables if id(variable) not in fixed]
-        for inner in inside:
-            states = keras.tree.flatten(getattr(inner, "states", None))
-            moving += [state for state in states if isinstance(state, keras.Variable)]
-        self._values = [(variable, to_numpy(variable).copy()) for variable in moving]
+        moving: list[Any] = []
+        for inner in sublayers(layer):
+            moving += keras.tree.flatten(getattr(inner, "states", None))
+            moving += [generator.state for generator in inner._seed_generators]
+            if type(inner).__module__.split(".")[0] not in ("keras", "keras_qwrap"):
+                moving += inner._non_trainable_variables
+        found = {id(part): part for part in moving if isinstance(part, keras.Variable)}
+        self._values = [(variable, to_numpy(variable).copy()) for variable in found.values()]
 
     def restore(self) -> None:
         """Set back what has moved."""
