@@ -168,11 +168,18 @@ def _carry_flag(source: keras.Model, target: keras.Model) -> None:
 
 
 def carry_compiled(source: keras.Model, target: keras.Model) -> None:
-    """Compile `target` as `source` is, with an optimizer and metrics of its own."""
+    """Compile `target` as `source` is, with an optimizer and metrics of its own.
+
+    A class that compiles in its own way says what that is in its `get_compile_config`.
+    """
     arguments = compile_arguments(source)
     if arguments is None:
         return
+    own = [name for name in _COMPILING if getattr(type(source), name) is not _of_keras(name)]
     try:
+        if own:
+            target.compile_from_config(source.get_compile_config())
+            return
         target.compile(**keras.tree.map_structure(_anew, arguments))
     except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
         warnings.warn(
@@ -183,6 +190,13 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
         return
     if target.built:
         target.optimizer.build(target.trainable_variables)
+
+
+_COMPILING = ("compile", "get_compile_config", "compile_from_config")
+
+
+def _of_keras(name: str) -> Any:
+    return getattr(keras.Model, name)
 
 
 def _anew(part: Any) -> Any:

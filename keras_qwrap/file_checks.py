@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.sealing import check_seal
+from keras_qwrap.sealing import check_seal, is_archive
 
 _MOST_TIMES = 20
 _ROOM = 2**28
@@ -83,7 +83,7 @@ def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: Non
     if not os.path.isfile(path):
         raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
     check_seal(path)
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         return _read(_read_archive, path, look, "a whole .keras archive")
     if h5py.is_hdf5(path):
         return _read(_read_hdf5, path, look, "a whole HDF5 file")

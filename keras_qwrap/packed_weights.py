@@ -14,7 +14,7 @@ from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.packing import frame, framed_size, unframe
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.substitution import put_in_place_of, sublayers, zeros_in_order_of
-from keras_qwrap.tensors import Tensor, to_numpy
+from keras_qwrap.tensors import Tensor, read, to_numpy
 from keras_qwrap.weight_paths import own_weights
 
 
@@ -241,8 +241,16 @@ class CodesVariable(keras.Variable):
         """
         if "int" in keras.backend.standardize_dtype(getattr(value, "dtype", "float32")):
             return super().assign(value)
-        codes = self._packed.codes_to_keep(np.asarray(to_numpy(value)))
-        return super().assign(codes)
+        return self.encode(value)
+
+    def encode(self, weights: Any) -> Tensor:
+        """Hold the codes of these weights, whatever their dtype.
+
+        Raises:
+            ValueError: as `assign`.
+        """
+        array = ops.cast(ops.convert_to_tensor(weights), self.variable.dtype)
+        return super().assign(self._packed.codes_to_keep(to_numpy(array)))
 
 
 Row = tuple[str, keras.Variable, BaseKerasInferableQuantizer]
@@ -265,7 +273,7 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
     packed = {id(variable): PackedWeight(path, variable, q) for path, variable, q in rows}
     for each in list(packed.values()) if KEEP_CODES.get() else ():
         codes = CodesVariable(each)
-        put_in_place_of(each.variable, codes, codes.decoded, layer)
+        put_in_place_of(each.variable, codes, codes.decoded, codes.encode, layer)
         packed[id(codes)] = each
     for inner in sublayers(layer):
         if any(id(variable) in packed for variable in own_weights(inner)):
@@ -276,6 +284,15 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
             inner.save_own_variables = partial(_save, save, packed)
             inner.load_own_variables = partial(_load, save, load, packed)
     return packed
+
+
+def kept_weights(packed: dict[int, PackedWeight]) -> list[tuple[keras.Variable, Callable]]:
+    """The variables whose places codes have taken, and what decodes them, once for each call."""
+    return [
+        (each.variable, partial(read, each.variable))
+        for key, each in packed.items()
+        if key != id(each.variable)
+    ]
 
 
 @contextmanager

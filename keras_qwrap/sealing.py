@@ -16,6 +16,7 @@ _TITLE = b"keras_qwrap sha256 "
 _SEAL_SIZE = len(_TITLE) + 64 + 1
 _BLOCK_SIZE = 512
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_ARCHIVE = b"PK"
 _ARCHIVE_END, _ARCHIVE_END_SIZE = b"PK\5\6", 22
 _CHUNK = 2**20
 
@@ -70,6 +71,12 @@ def _sync_folder(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def is_archive(path: str) -> bool:
+    """Whether a file begins as archives do; HDF5 files may hold all other marks of them."""
+    with open(path, "rb") as file:
+        return file.read(len(_ARCHIVE)) == _ARCHIVE
 
 
 def seal(path: str) -> None:
@@ -145,6 +152,7 @@ def _check_no_seal(path: str, file: BinaryIO) -> None:
     place = file.seek(0, os.SEEK_END) - _SEAL_SIZE - _ARCHIVE_END_SIZE
     file.seek(max(place, 0))
     behind = place >= 0 and file.read(len(_ARCHIVE_END)) == _ARCHIVE_END
+    behind = behind and is_archive(path)
     if in_front or behind:
         raise OSError(
             f"path: received '{path}', expected a file without a seal or with a whole one. It is "

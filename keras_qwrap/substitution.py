@@ -68,8 +68,11 @@ def call_with(
     """Call `layer` while each variable in `replacements` reads as the tensor that is made for it.
 
     Returns:
-        The layer's outputs, and the losses that it added and that no outer scope has taken.
+        The layer's outputs, and the losses that it added and that no outer scope has taken; without
+        replacements the layer keeps its losses itself.
     """
+    if not replacements:
+        return layer(*args, **kwargs), []
     with _Overlay(replacements) as overlay:
         outputs = layer(*args, **kwargs)
     return outputs, overlay.losses
@@ -156,16 +159,16 @@ def zeros_in_order_of(variable: keras.Variable) -> Callable | str:
 
 
 def put_in_place_of(
-    old: keras.Variable, new: keras.Variable, read: Callable, layer: keras.Layer
+    old: keras.Variable, new: keras.Variable, read: Callable, write: Callable, layer: keras.Layer
 ) -> None:
     """Let `new` take the place of `old` among the variables of `layer` and the layers inside it.
 
     `old` loses its value. It reads as `read(shape, dtype=dtype)` at every time: Keras asks the
-    initializer of a variable that has no value. What is assigned to it is assigned to `new`.
+    initializer of a variable that has no value. `write(value)` is what assigning to it does.
     """
     old._value, old._initializer = None, read
     old._deferred_initialize = _nothing
-    old.assign = new.assign
+    old.assign = write
     new._path = old._path
     for inner in sublayers(layer):
         for variables in (inner._trainable_variables, inner._non_trainable_variables):
@@ -277,7 +280,7 @@ def rebuilt(
 
 
 def compile_arguments(model: keras.Model) -> dict | None:
-    """The very arguments that a model was compiled with; None if it was not."""
+    """The very arguments that `Model.compile` was called with; None if it was not."""
     if not (model.compiled and hasattr(model, "_compile_config")):
         return None
     return dict(model._compile_config.config)

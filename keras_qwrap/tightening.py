@@ -10,6 +10,8 @@ import zipfile
 
 import h5py
 
+from keras_qwrap.sealing import is_archive
+
 _LIBRARY = "v108"
 _ARRAYS = "model.weights.h5"
 
@@ -36,7 +38,7 @@ def tighten(path: str) -> None:
     """
     loose = f"{path}.loose"
     os.replace(path, loose)
-    if zipfile.is_zipfile(loose):
+    if is_archive(loose):
         _tighten_archive(loose, path)
     else:
         _tighten_hdf5(loose, path)

@@ -13,7 +13,7 @@ from keras import tree
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.packed_weights import store_packed, zeros_for_random
+from keras_qwrap.packed_weights import kept_weights, store_packed, zeros_for_random
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.quantizing_layer import (
@@ -249,15 +249,15 @@ class KerasQuantizationWrapper(QuantizingLayer):
         args, kwargs = self.for_layer(args, kwargs)
         if self.converted:
             self._refuse_training(training)
-            outputs = self.layer(*args, **kwargs)
+            replacements = kept_weights(self._construction.packed)
         else:
             replacements = [
                 (variable, partial(self._quantize_weight, quantizer, variable, training))
                 for _, quantizer, variable in self._enabled()
             ]
-            outputs, losses = call_with(self.layer, replacements, args, kwargs)
-            for loss in losses:
-                self.add_loss(loss)
+        outputs, losses = call_with(self.layer, replacements, args, kwargs)
+        for loss in losses:
+            self.add_loss(loss)
         return self._quantize_outputs(outputs, training) if self.activation_quantizers else outputs
 
     def _refuse_training(self, training: Any) -> None:

@@ -203,6 +203,32 @@ def test_what_cannot_be_made_again_is_left_out_with_a_warning():
     assert not quantized.compiled
 
 
+class Distilled(keras.Model):
+    """Compiles with an argument of its own, and says so."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    def compile(self, optimizer, loss, alpha, **kwargs):
+        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        self.alpha = alpha
+
+    def get_compile_config(self):
+        return {"optimizer": "sgd", "loss": "mse", "alpha": self.alpha}
+
+    def compile_from_config(self, config):
+        self.compile(**config)
+
+
+def test_compiled_in_a_way_of_its_own():
+    model = functional(Distilled)
+    model.compile("sgd", "mse", alpha=0.9)
+    quantized = qi.quantize_model(model, "w8")
+    assert type(quantized) is Distilled
+    assert quantized.alpha == 0.9
+    assert quantized.compiled
+
+
 @pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])
 def test_frozen_models_stay_frozen(kind):
     model = functional(keras.Model)

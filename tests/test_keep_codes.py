@@ -200,6 +200,34 @@ def test_parts_of_the_layer_read_as_in_a_layer_with_floats():
     assert not any(variable is codes for variable in small.trainable_variables)
 
 
+def test_integers_are_weights_like_others():
+    wrapper = Wrapper(layers.Dense(2, kernel_initializer="ones"), {"kernel": weight(4)})
+    wrapper.build((None, 3))
+    small = kept(wrapper.convert_to_inferable_quantizers())
+    ones = np.ones((3, 2), int)
+    weights = [ones if array.shape == ones.shape else array for array in small.get_weights()]
+    for assign, value in ((small.layer.kernel.assign, ones), (small.set_weights, weights)):
+        small.layer.kernel.assign(np.zeros((3, 2)))
+        assign(value)
+        np.testing.assert_array_equal(to_numpy(small.layer.kernel), ones)
+    wrong = np.full((3, 2), 300)
+    refused(ValueError, lambda: small.layer.kernel.assign(wrong), "not on the grid of 'kernel'")
+
+
+@pytest.mark.tensorflow
+def test_recurrent_layers_decode_once_in_a_call():
+    import tensorflow as tf
+
+    wrapper = Wrapper(layers.LSTM(2), {"cell/kernel": weight(), "cell/recurrent_kernel": weight()})
+    wrapper.build((None, 4, 3))
+    small = kept(wrapper.convert_to_inferable_quantizers())
+    function = tf.function(small).get_concrete_function(tf.TensorSpec((2, 4, 3)))
+    bodies = function.graph.as_graph_def().library.function
+    casts = [node for body in bodies for node in body.node_def if node.op == "Cast"]
+    assert bodies
+    assert not [node.name for node in casts if node.attr["SrcT"].type == tf.int8.as_datatype_enum]
+
+
 def test_wrappers_around_wrappers():
     inner = Wrapper(layers.Dense(2), {"kernel": weight()})
     outer = Wrapper(inner, {"layer/bias": weight(per_channel=False)})

@@ -138,3 +138,21 @@ def test_files_are_as_small_as_packed_codes(bits, tmp_path):
         path = str(tmp_path / f"model{ending}")
         qi.save_quantized_model(converted, path)
         assert os.path.getsize(path) <= most
+
+
+@pytest.mark.parametrize("after", [bytes(18), bytes(range(1, 19))])
+def test_arrays_that_hold_the_marks_of_an_archive(after, tmp_path):
+    """An archive ends with these bytes; an HDF5 file that holds them is none."""
+    bias = np.zeros(4096, np.float32)
+    marks = b"PK\5\6" + after + b"\0\0"
+    bias[: len(marks) // 4] = np.frombuffer(marks, np.float32)
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(4096)])
+    model.layers[0].bias.assign(bias)
+    plain, sealed = tmp_path / "plain.h5", tmp_path / "sealed.h5"
+    model.save(plain)
+    qi.save_quantized_model(model, sealed)
+    assert zipfile.is_zipfile(plain)
+    for path in (plain, sealed):
+        loaded = qi.keras_load_quantized_model(path)
+        np.testing.assert_array_equal(to_numpy(loaded.layers[0].bias), bias)
+        assert qi.inspect_file(path).stored_bytes >= bias.nbytes
