@@ -121,8 +121,8 @@ def keras_load_quantized_model(
         custom_objects: classes and functions of your own that are not registered, by name.
         compile: restore the optimizer, loss and metrics too.
         keep_codes: let converted layers hold integer codes in memory, of one or two bytes each, and
-            decode them at every call: smaller, and slower. The outputs are the same. What is made
-            of the model (a clone, a conversion, an unwrapped model) holds floats.
+            decode them at every call: smaller, slower to load and to run, with the same outputs.
+            What is made of the model (a clone, a conversion, an unwrapped model) holds floats.
 
     Raises:
         TypeError: `path` is no path, or `keep_codes` no bool.

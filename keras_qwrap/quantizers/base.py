@@ -164,7 +164,10 @@ class BaseKerasInferableQuantizer:
         raise NotImplementedError(f"{type(self).__name__} must define dequantize(codes).")
 
     def dequantize_tensor(self, codes: Tensor) -> Tensor:
-        """`dequantize` of a tensor of codes: `(codes - zero_point) * scale`, unless overridden."""
+        """`dequantize` of a tensor of codes: `(codes - zero_point) * scale`, unless overridden.
+
+        Loaded models that keep codes compute with it.
+        """
         steps = ops.subtract(ops.cast(codes, "float32"), np.asarray(self.zero_point, np.float32))
         return ops.multiply(steps, np.asarray(self.scale, np.float32))
 
