@@ -28,7 +28,12 @@ def identity():
         ),
         lambda: classifier(layers.Flatten(), layers.Dense(3, activation="softmax")),
         classifier,
-        identity,
+        pytest.param(
+            identity,
+            marks=pytest.mark.skipif(
+                keras.__version__.startswith("3.13."), reason="Keras 3.13 makes no such model"
+            ),
+        ),
     ],
 )
 @pytest.mark.parametrize("recipe", ["w8a8", qi.Recipe.from_preset("w8a8", bias_correction=True)])
