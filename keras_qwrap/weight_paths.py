@@ -350,7 +350,7 @@ def _copy_untracked(source: Any, target: Any) -> None:
     if hasattr(source, "finalize_state"):
         store: dict[str, Any] = {}
         source.save_own_variables(store)
-        target.load_own_variables(store)
+        target.load_own_variables({key: to_numpy(part).copy() for key, part in store.items()})
     if hasattr(source, "save_assets"):
         with tempfile.TemporaryDirectory() as folder:
             source.save_assets(folder)

@@ -285,7 +285,7 @@ CONSTANTS = {
     "relu": (layers.ReLU(max_value=10**8), (6,), [".keras", ".h5"]),
     "masking": (lambda x: layers.LSTM(2)(layers.Masking(-999999999)(x)), (5, 3), [".keras"]),
     "rescaling": (layers.Rescaling(1.0, offset=20_000_000), (6,), [".keras", ".h5"]),
-    "normalization": (layers.Normalization(mean=3, variance=10**12), (6,), [".keras", ".h5"]),
+    "normalization": (layers.Normalization(mean=3, variance=10**9), (6,), [".keras", ".h5"]),
 }
 
 
