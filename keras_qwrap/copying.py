@@ -175,9 +175,8 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
     arguments = compile_arguments(source)
     if arguments is None:
         return
-    own = [name for name in _COMPILING if getattr(type(source), name) is not _of_keras(name)]
     try:
-        if own:
+        if _own_methods(source, _COMPILING):
             target.compile_from_config(source.get_compile_config())
             return
         target.compile(**keras.tree.map_structure(_anew, arguments))
@@ -195,8 +194,9 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
 _COMPILING = ("compile", "get_compile_config", "compile_from_config")
 
 
-def _of_keras(name: str) -> Any:
-    return getattr(keras.Model, name)
+def _own_methods(model: keras.Model, names: tuple[str, ...]) -> list[str]:
+    """Those of Keras' methods that the class of a model replaces."""
+    return [name for name in names if getattr(type(model), name) is not getattr(keras.Model, name)]
 
 
 def _anew(part: Any) -> Any:
@@ -210,7 +210,7 @@ _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_me
 
 def warn_of_own_steps(model: keras.Model) -> None:
     """Say which of Keras' training steps the class of a model replaces, and its copy does not."""
-    own = [name for name in _STEPS if getattr(type(model), name) is not getattr(keras.Model, name)]
+    own = _own_methods(model, _STEPS)
     if own:
         warnings.warn(
             f"The new model uses Keras' own training steps: received '{model.name}', whose class "
