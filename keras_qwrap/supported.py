@@ -40,7 +40,8 @@ def check_supported(layer: keras.Layer) -> None:
 
 
 def _has_traced_function(layer: keras.Layer) -> bool:
-    members = [member for cls in type(layer).__mro__ for member in vars(cls).values()]
+    classes = [cls for cls in type(layer).__mro__ if not _is_known(cls)]
+    members = [member for cls in classes for member in vars(cls).values()]
     if not isinstance(layer, keras.Model):
         members += vars(layer).values()
     return any(hasattr(member, "get_concrete_function") for member in members)
@@ -72,7 +73,7 @@ def refuse_raw_variables(layer: keras.Layer) -> None:
     Those of Keras' own layers are what these layers save and copy in a way of their own.
     """
     for inner in sublayers(layer):
-        found = [] if _is_of_keras(inner) else walk(inner, lambda part: False)
+        found = [] if _is_known(type(inner)) else walk(inner, lambda part: False)
         for path, part in found:
             if _is_raw_variable(part):
                 raise bad_value(
@@ -83,8 +84,9 @@ def refuse_raw_variables(layer: keras.Layer) -> None:
                 )
 
 
-def _is_of_keras(layer: keras.Layer) -> bool:
-    return type(layer).__module__.split(".")[0] == "keras"
+def _is_known(cls: type) -> bool:
+    """Whether a class is one of Keras or of this package, and not of a user."""
+    return cls.__module__.split(".")[0] in ("keras", "keras_qwrap")
 
 
 _RAW_VARIABLES = {("tensorflow", "Variable"), ("torch", "Parameter")}
