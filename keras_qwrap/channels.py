@@ -7,6 +7,9 @@ import numpy as np
 
 from keras_qwrap.errors import bad_type, bad_value
 
+MAX_RANK = 32
+"""The highest rank of an array in every version of numpy."""
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -127,8 +130,9 @@ def make_channels(per_channel: Any, channel_axis: Any, input_rank: Any) -> Chann
         )
     if isinstance(input_rank, bool) or not isinstance(input_rank, (int, np.integer)):
         raise bad_type("input_rank", input_rank, "an int", "Pass the tensor's rank.")
-    if input_rank < 1:
-        raise bad_value("input_rank", input_rank, "an int of at least 1", "Pass the tensor's rank.")
+    if not 1 <= input_rank <= MAX_RANK:
+        expected = f"an int from 1 to {MAX_RANK}"
+        raise bad_value("input_rank", input_rank, expected, "Pass the tensor's rank.")
     axes = check_channel_axis(channel_axis)
     if any(not -input_rank <= axis < input_rank for axis in axes):
         raise bad_value(

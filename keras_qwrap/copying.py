@@ -170,16 +170,18 @@ def _carry_flag(source: keras.Model, target: keras.Model) -> None:
 def carry_compiled(source: keras.Model, target: keras.Model) -> None:
     """Compile `target` as `source` is, with an optimizer and metrics of its own.
 
-    A class that compiles in its own way says what that is in its `get_compile_config`.
+    A class with its own `compile_from_config` is asked for what it would save.
     """
     arguments = compile_arguments(source)
     if arguments is None:
         return
     try:
-        if _own_methods(source, _COMPILING):
-            target.compile_from_config(source.get_compile_config())
-            return
-        target.compile(**keras.tree.map_structure(_anew, arguments))
+        if type(target) is type(source) and _own_methods(source, ("compile_from_config",)):
+            config = source.get_compile_config()
+            serialized = keras.saving.serialize_keras_object
+            target.compile_from_config({key: serialized(part) for key, part in config.items()})
+        else:
+            target.compile(**keras.tree.map_structure(_anew, arguments))
     except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
         warnings.warn(
             f"The new model '{target.name}' is not compiled as the given one is ({error}). Compile "
@@ -187,11 +189,8 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
             stacklevel=2,
         )
         return
-    if target.built:
+    if target.built and target.optimizer is not None:
         target.optimizer.build(target.trainable_variables)
-
-
-_COMPILING = ("compile", "get_compile_config", "compile_from_config")
 
 
 def _own_methods(model: keras.Model, names: tuple[str, ...]) -> list[str]:

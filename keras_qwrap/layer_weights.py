@@ -8,6 +8,7 @@ import keras
 
 from keras_qwrap.channels import check_channel_axis
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.substitution import is_of_user
 
 Axes = int | tuple[int, ...] | None
 """The axes that are kept (`channel_axis`); None: one range for the whole weight."""
@@ -133,7 +134,7 @@ def _keys(layer: keras.Layer) -> list[str | type]:
         if not issubclass(cls, keras.Layer):
             continue  # Backends have bases of `keras.Layer`, and one is called JaxLayer as well.
         keys.append(cls)
-        if cls.__module__.split(".")[0] in ("keras", "keras_qwrap"):
+        if not is_of_user(cls):
             keys.append(cls.__name__)
     return keys
 

@@ -250,6 +250,9 @@ class CodesVariable(keras.Variable):
             ValueError: as `assign`.
         """
         array = ops.cast(ops.convert_to_tensor(weights), self.variable.dtype)
+        if tuple(array.shape) != tuple(self.shape):
+            fix = "Assign weights of that shape."
+            raise bad_value(self.path, tuple(array.shape), f"shape {tuple(self.shape)}", fix)
         return super().assign(self._packed.codes_to_keep(to_numpy(array)))
 
 

@@ -3,6 +3,7 @@
 No framework is imported: tensors of all of them are recognized by what they can do.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count, islice, repeat
@@ -39,10 +40,10 @@ def batches(
         steps: the most batches to take; needed for data without end.
 
     Raises:
-        TypeError, ValueError: `data` is of no such kind, or without end, or yields nothing; a
-            batch has another number of inputs or shape than the model (a `QuantizedModel` takes
-            all sizes that it can be called with), values that are no numbers where the model
-            takes numbers, NaN or infinity.
+        TypeError, ValueError: the model's call needs several arguments; `data` is of no such
+            kind, or without end, or yields nothing; a batch has another number of inputs or
+            shape than the model (a `QuantizedModel` takes all sizes that it can be called with),
+            values that are no numbers where the model takes numbers, NaN or infinity.
 
     Example:
 
@@ -57,6 +58,7 @@ def batches(
     ```
     """
     _check_counts(batch_size, steps)
+    _check_call(model)
     expected = _expected_inputs(model)
     raw = _raw_batches(data, expected, batch_size)
     if steps is None and _is_endless(data):
@@ -96,6 +98,19 @@ def _check_count(name: str, value: Any) -> None:
         raise bad_type(name, value, "a positive whole number", fix)
     if value < 1:
         raise bad_value(name, value, "a positive whole number", fix)
+
+
+def _check_call(model: keras.Model) -> None:
+    parameters = inspect.signature(model.call).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p.name for p in parameters if p.kind in positional and p.default is p.empty]
+    if len(needed) > 1:
+        raise bad_value(
+            "model",
+            f"'{model.name}', whose call needs {needed}",
+            "a model whose call needs one argument",
+            "Let that be a list or a dictionary; or train the model, which finds ranges as well.",
+        )
 
 
 def _expected_inputs(model: keras.Model) -> Any:

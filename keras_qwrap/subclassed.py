@@ -108,7 +108,9 @@ class QuantizedModel(keras.Model):
         signature = with_training(inspect.signature(model.call))
         call = partial(QuantizedModel.call, self)
         self.call = sign(call, signature)  # type: ignore[method-assign]
-        super().__init__(dtype="float32", autocast=False, **{"name": model.name, **kwargs})
+        # The policy is what Keras asks, when it compiles, whether to scale the loss.
+        policy = model.dtype_policy
+        super().__init__(dtype=policy, autocast=False, **{"name": model.name, **kwargs})
         sign(self.build, inspect.signature(model.build))
         self.supports_masking = model.supports_masking
         self.wrapper = KerasQuantizationWrapper(

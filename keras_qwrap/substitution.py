@@ -98,11 +98,16 @@ def layer_paths(model: keras.Layer) -> dict[int, str]:
     return paths
 
 
+def is_of_user(cls: type) -> bool:
+    """Whether a class is neither one of Keras nor of this package."""
+    return cls.__module__.split(".")[0] not in ("keras", "keras_qwrap")
+
+
 class State:
     """What running a layer in inference may move, as it is now.
 
-    States of recurrent layers (which are none of their variables), seeds, and what layers of the
-    user's count in variables that are not trained.
+    States of recurrent layers (which are none of their variables), seeds, metrics, and what layers
+    of the user's count in variables that are not trained.
     """
 
     def __init__(self, layer: keras.Layer) -> None:
@@ -110,7 +115,8 @@ class State:
         for inner in sublayers(layer):
             moving += keras.tree.flatten(getattr(inner, "states", None))
             moving += [generator.state for generator in inner._seed_generators]
-            if type(inner).__module__.split(".")[0] not in ("keras", "keras_qwrap"):
+            moving += [variable for metric in inner._metrics for variable in metric.variables]
+            if is_of_user(type(inner)):
                 moving += inner._non_trainable_variables
         found = {id(part): part for part in moving if isinstance(part, keras.Variable)}
         self._values = [(variable, to_numpy(variable).copy()) for variable in found.values()]

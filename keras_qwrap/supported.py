@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_value
-from keras_qwrap.substitution import is_rematerialized, sublayers
+from keras_qwrap.substitution import is_of_user, is_rematerialized, sublayers
 from keras_qwrap.weight_paths import walk
 
 
@@ -40,7 +40,7 @@ def check_supported(layer: keras.Layer) -> None:
 
 
 def _has_traced_function(layer: keras.Layer) -> bool:
-    classes = [cls for cls in type(layer).__mro__ if not _is_known(cls)]
+    classes = [cls for cls in type(layer).__mro__ if is_of_user(cls)]
     members = [member for cls in classes for member in vars(cls).values()]
     if not isinstance(layer, keras.Model):
         members += vars(layer).values()
@@ -73,7 +73,7 @@ def refuse_raw_variables(layer: keras.Layer) -> None:
     Those of Keras' own layers are what these layers save and copy in a way of their own.
     """
     for inner in sublayers(layer):
-        found = [] if _is_known(type(inner)) else walk(inner, lambda part: False)
+        found = walk(inner, lambda part: False) if is_of_user(type(inner)) else []
         for path, part in found:
             if _is_raw_variable(part):
                 raise bad_value(
@@ -82,11 +82,6 @@ def refuse_raw_variables(layer: keras.Layer) -> None:
                     "a layer whose variables are Keras variables",
                     "Create it with `self.add_weight`; Keras neither saves nor copies others.",
                 )
-
-
-def _is_known(cls: type) -> bool:
-    """Whether a class is one of Keras or of this package, and not of a user."""
-    return cls.__module__.split(".")[0] in ("keras", "keras_qwrap")
 
 
 _RAW_VARIABLES = {("tensorflow", "Variable"), ("torch", "Parameter")}

@@ -349,8 +349,10 @@ def _copy_untracked(source: Any, target: Any) -> None:
             b.assign(to_numpy(a).copy())
     if hasattr(source, "finalize_state"):
         store: dict[str, Any] = {}
-        source.save_own_variables(store)
-        target.load_own_variables({key: to_numpy(part).copy() for key, part in store.items()})
+        # The methods of the classes: those of a converted layer take and give packed codes.
+        type(source).save_own_variables(source, store)
+        arrays = {key: to_numpy(variable_of(part)).copy() for key, part in store.items()}
+        type(target).load_own_variables(target, arrays)
     if hasattr(source, "save_assets"):
         with tempfile.TemporaryDirectory() as folder:
             source.save_assets(folder)

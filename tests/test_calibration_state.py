@@ -98,6 +98,27 @@ def test_counters_and_seeds_are_as_before(random):
         np.testing.assert_array_equal(one, other)
 
 
+class Measured(layers.Layer):
+    """Measures what it is called with."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.metric = keras.metrics.Mean(name="mean")
+
+    def call(self, x):
+        self.metric.update_state(x)
+        return x
+
+
+def test_metrics_of_layers_are_as_before():
+    model = keras.Sequential([keras.Input((3,)), Measured(name="measured"), layers.Dense(2)])
+    quantized = qi.quantize_model(model, "w8a8")
+    metric = quantized.get_layer("measured").layer.metric
+    metric.update_state([2.0, 4.0])
+    calibrate(quantized, np.arange(24).reshape(8, 3), verbose=0)
+    assert [float(to_numpy(v)) for v in metric.variables] == [6, 2]
+
+
 def test_states_are_restored_and_weights_are_not():
     layer = Counter()
     layer.build((None, 3))

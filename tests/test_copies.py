@@ -210,23 +210,109 @@ class Distilled(keras.Model):
         super().__init__(*args, **kwargs)
 
     def compile(self, optimizer, loss, alpha, **kwargs):
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        keras.Model.compile(self, optimizer=optimizer, loss=loss, **kwargs)
         self.alpha = alpha
 
     def get_compile_config(self):
-        return {"optimizer": "sgd", "loss": "mse", "alpha": self.alpha}
+        return {"optimizer": self.optimizer, "loss": self.loss, "alpha": self.alpha}
 
     def compile_from_config(self, config):
-        self.compile(**config)
+        made = keras.saving.deserialize_keras_object
+        self.compile(made(config["optimizer"]), made(config["loss"]), config["alpha"])
 
 
 def test_compiled_in_a_way_of_its_own():
     model = functional(Distilled)
-    model.compile("sgd", "mse", alpha=0.9)
+    optimizer = keras.optimizers.SGD(0.125)
+    model.compile(optimizer, keras.losses.MeanSquaredError("sum"), alpha=0.9)
+    model.fit(X, Y, verbose=0)
     quantized = qi.quantize_model(model, "w8")
     assert type(quantized) is Distilled
     assert quantized.alpha == 0.9
-    assert quantized.compiled
+    assert quantized.loss.reduction == "sum"
+    assert quantized.optimizer is not optimizer
+    assert float(quantized.optimizer.learning_rate) == 0.125
+    quantized.fit(X, Y, verbose=0)
+    assert (int(optimizer.iterations), int(quantized.optimizer.iterations)) == (1, 1)
+
+
+class Noting(keras.Sequential):
+    """Only takes notice of being compiled."""
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, **kwargs)
+        self.noted = True
+
+
+class DistilledByCode(keras.Model):
+    """No graph."""
+
+    compile = Distilled.compile
+    get_compile_config = Distilled.get_compile_config
+    compile_from_config = Distilled.compile_from_config
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_a_class_that_only_adds_to_compile():
+    model = Noting([keras.Input((6,)), layers.Dense(2)])
+    model.compile(Slow(0.125), squared)
+    by_code = DistilledByCode()
+    by_code(X)
+    by_code.compile(Slow(0.125), squared, alpha=0.5)
+    for given in (model, by_code):
+        quantized = qi.quantize_model(given, "w8")
+        assert type(quantized) is not type(given)
+        assert type(quantized.optimizer) is Slow
+        assert quantized.optimizer is not given.optimizer
+        assert quantized.loss is squared
+        quantized.fit(X, Y, verbose=0)
+
+
+def test_compiled_for_evaluation_alone():
+    model = functional(keras.Model)
+    model.compile(optimizer=None, loss="mse")
+    quantized = qi.quantize_model(model, "w16")
+    expected = model.evaluate(X, Y, verbose=0)
+    assert quantized.optimizer is None
+    assert quantized.evaluate(X, Y, verbose=0) == pytest.approx(expected, rel=1e-3)
+
+
+class Whitened(layers.Layer):
+    """A quantized weight beside what is adapted."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 2), name="kernel")
+        self.adapted = self.add_weight(shape=(shape[-1],), name="adapted", trainable=False)
+        self.finalize_state()
+
+    def finalize_state(self):
+        self.mean = to_numpy(self.adapted).copy()
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.finalize_state()
+
+    def call(self, x):
+        return ops.matmul(ops.subtract(x, self.mean), self.kernel)
+
+
+def test_adapted_layers_with_quantized_weights():
+    model = keras.Sequential([keras.Input((3,)), Whitened(name="whitened")])
+    model.layers[0].adapted.assign([1.0, 2.0, 3.0])
+    model.layers[0].finalize_state()
+    x = floats(4, 3)
+    quantized = qi.quantize_model(model, "w16")
+    np.testing.assert_allclose(to_numpy(quantized(x)), to_numpy(model(x)), atol=1e-3)
+    converted = qi.convert_to_inferable(quantized)
+    again = qi.convert_to_inferable(converted)
+    for other in (converted, again, qi.unwrap_model(quantized), qi.unwrap_model(converted)):
+        np.testing.assert_array_equal(to_numpy(other(x)), to_numpy(quantized(x)))
 
 
 @pytest.mark.parametrize("kind", ["functional", "sequential", "nested"])

@@ -212,6 +212,8 @@ def test_integers_are_weights_like_others():
         np.testing.assert_array_equal(to_numpy(small.layer.kernel), ones)
     wrong = np.full((3, 2), 300)
     refused(ValueError, lambda: small.layer.kernel.assign(wrong), "not on the grid of 'kernel'")
+    other = np.ones((5, 5))
+    refused(ValueError, lambda: small.layer.kernel.assign(other), "(5, 5)", "(3, 2)")
 
 
 @pytest.mark.tensorflow

@@ -44,6 +44,41 @@ def model_of(policy=None):
     )
 
 
+class Net(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_loss_of_subclassed_models_is_scaled(global_policy, again):
+    """Its gradient, 1e-8, is zero in float16."""
+    global_policy("mixed_float16")
+    x = np.ones((4, 3), "float32")
+    kernels = []
+    for quantize in (False, True):
+        model = Net()
+        model(x)
+        arguments = {"optimizer": keras.optimizers.SGD(1e6), "loss": tiny}
+        model.compile(**arguments, jit_compile=False)
+        if quantize:
+            model = qi.quantize_model(model, "w8")
+            if again:
+                arguments["optimizer"] = keras.optimizers.SGD(1e6)
+                model.compile(**arguments, jit_compile=False)
+        model.fit(x, np.zeros((4, 1)), verbose=0)
+        kernels.append(to_numpy(model.trainable_variables[0]))
+    assert np.all(kernels[0] != 0)
+    np.testing.assert_allclose(kernels[1], kernels[0], rtol=1e-3)
+
+
+def tiny(y, prediction):
+    return ops.mean(prediction) * 1e-8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("globally", [False, True])

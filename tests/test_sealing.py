@@ -35,6 +35,34 @@ def converted(seed=0):
     return qi.convert_to_inferable(qi.quantize_model(model(seed), "w4"))
 
 
+@keras.saving.register_keras_serializable("test_sealing")
+class Noted(keras.Model):
+    """Its config is as long as its note."""
+
+    def __init__(self, note="", **kwargs):
+        super().__init__(**{"name": "noted", **kwargs})
+        self.note, self.dense = note, layers.Dense(2, name="dense")
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_config(self):
+        return {"note": self.note}
+
+
+def test_weights_of_an_archive_may_lie_where_those_of_a_sealed_file_do(tmp_path):
+    path, place, note = tmp_path / "model.keras", 0, ""
+    while place != 512:
+        note += "a" * (512 - place) if place else ""
+        net = Noted(note)
+        net(X)
+        net.save(path)
+        place = path.read_bytes().index(b"\x89HDF")
+    assert not check_seal(path)
+    loaded = qi.keras_load_quantized_model(path)
+    np.testing.assert_array_equal(to_numpy(loaded(X)), to_numpy(net(X)))
+
+
 def archive(text, name):
     with zipfile.ZipFile(name, "w") as file:
         file.writestr("config.json", text)

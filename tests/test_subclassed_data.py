@@ -49,6 +49,26 @@ def quantized(model, x, layer):
     return QuantizedModel(model, {}, {layer: MovingAverageActivationQATQuantizer(config)})
 
 
+class Tower(keras.Model):
+    """Cannot be called with one argument."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.a = keras.layers.Dense(3)
+
+    def call(self, x, y, scale=1.0):
+        return self.a(x) * y * scale
+
+
+def test_models_that_data_cannot_be_passed_to():
+    example = tuple(keras.KerasTensor((None, width)) for width in (5, 3))
+    data = (X, X[:, :3])
+    tower = Tower()
+    tower(*data)
+    model = qi.quantize_model(tower, "w8a8", example=(example, {}))
+    refused(ValueError, lambda: qi.calibrate(model, data, verbose=0), "needs ['x', 'y']", "list")
+
+
 def pair(keys=(0, 1)):
     x = {"a": X, "b": Z} if keys == ("a", "b") else [X, Z]
     return quantized(Pair(keys), x, "both")
