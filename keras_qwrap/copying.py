@@ -1,5 +1,6 @@
 """Rebuild a Functional or Sequential model layer by layer, nested models and sharing included."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -181,6 +182,7 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
             serialized = keras.saving.serialize_keras_object
             target.compile_from_config({key: serialized(part) for key, part in config.items()})
         else:
+            _check_compile(target)
             target.compile(**keras.tree.map_structure(_anew, arguments))
     except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
         warnings.warn(
@@ -189,8 +191,19 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
             stacklevel=2,
         )
         return
-    if target.built and target.optimizer is not None:
-        target.optimizer.build(target.trainable_variables)
+    optimizer = getattr(target, "optimizer", None)
+    if target.built and optimizer is not None and not optimizer.built:
+        optimizer.build(target.trainable_variables)
+
+
+def _check_compile(model: keras.Model) -> None:
+    """Refuse arguments of `compile` that Keras does not know, and so has not noted."""
+    known = inspect.signature(keras.Model.compile).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(type(model).compile).parameters.values()
+    own = [p.name for p in parameters if p.kind not in variadic and p.name not in known]
+    if own:
+        raise ValueError(f"its `compile` takes {own}, and it has no `compile_from_config`")
 
 
 def _own_methods(model: keras.Model, names: tuple[str, ...]) -> list[str]:

@@ -244,6 +244,42 @@ class Noting(keras.Sequential):
         self.noted = True
 
 
+class Halved(Noting):
+    """Has an argument of its own that nothing notes."""
+
+    def compile(self, *args, alpha=0.5, **kwargs):
+        super().compile(*args, **kwargs)
+
+
+class Unfinished(Distilled):
+    """Leaves to Keras what Keras does not do for such classes."""
+
+    compile_from_config = keras.Model.compile_from_config
+
+    def get_compile_config(self):
+        return {"optimizer": "sgd"}
+
+
+class Passed(Unfinished):
+    def compile_from_config(self, config):
+        super().compile_from_config(config)
+
+
+def test_a_class_that_compiles_in_no_way_that_can_be_followed():
+    model = Halved([keras.Input((6,)), layers.Dense(2)])
+    model.compile("sgd", "mse", alpha=0.9)
+    graph = functional(Unfinished)
+    graph.compile("sgd", "mse", alpha=0.9)
+    passed = functional(Passed)
+    passed.compile("sgd", "mse", alpha=0.9)
+    with pytest.warns(UserWarning, match="its `compile` takes .'alpha'., and it has no"):
+        quantized = qi.quantize_model(graph, "w8")
+    assert not quantized.compiled
+    with pytest.warns(UserWarning, match="method is custom"):
+        assert not qi.quantize_model(passed, "w8").compiled
+    assert qi.quantize_model(model, "w8").compiled  # a plain Sequential model, as Keras trains it
+
+
 class DistilledByCode(keras.Model):
     """No graph."""
 
