@@ -147,19 +147,21 @@ def _recorded(file: BinaryIO) -> tuple[int, str | None]:
 
 def _check_no_seal(path: str, file: BinaryIO) -> None:
     """Refuse what is in a seal's place and is none, in a file that Keras leaves empty there."""
-    archive = is_archive(path)
-    file.seek(0)
-    first = file.read(len(_HDF5))
-    file.seek(_BLOCK_SIZE)
-    in_front = file.read(len(_HDF5)) == _HDF5 and first != _HDF5 and not archive
-    place = file.seek(0, os.SEEK_END) - _SEAL_SIZE - _ARCHIVE_END_SIZE
-    file.seek(max(place, 0))
-    behind = place >= 0 and file.read(len(_ARCHIVE_END)) == _ARCHIVE_END and archive
-    if in_front or behind:
+    if is_archive(path):
+        place = file.seek(0, os.SEEK_END) - _SEAL_SIZE - _ARCHIVE_END_SIZE
+        damaged = place >= 0 and _has(file, place, _ARCHIVE_END)
+    else:
+        damaged = _has(file, _BLOCK_SIZE, _HDF5) and not _has(file, 0, _HDF5)
+    if damaged:
         raise OSError(
             f"path: received '{path}', expected a file without a seal or with a whole one. It is "
             "damaged; save the model again, or get the file again."
         )
+
+
+def _has(file: BinaryIO, place: int, signature: bytes) -> bool:
+    file.seek(place)
+    return file.read(len(signature)) == signature
 
 
 def _digest(file: BinaryIO, place: int) -> str:
