@@ -203,7 +203,7 @@ def _check_compile(model: keras.Model) -> None:
     parameters = inspect.signature(type(model).compile).parameters.values()
     own = [p.name for p in parameters if p.kind not in variadic and p.name not in known]
     if own:
-        raise ValueError(f"its `compile` takes {own}, and it has no `compile_from_config`")
+        raise ValueError(f"its `compile` takes {own}, and no `compile_from_config` of its own does")
 
 
 def _own_methods(model: keras.Model, names: tuple[str, ...]) -> list[str]:

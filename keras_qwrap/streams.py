@@ -109,7 +109,8 @@ def _check_call(model: keras.Model) -> None:
             "model",
             f"'{model.name}', whose call needs {needed}",
             "a model whose call needs one argument",
-            "Let that be a list or a dictionary; or train the model, which finds ranges as well.",
+            "Let that be a list or a dictionary, and give others, such as `training`, a default; "
+            "or train the model, which finds ranges as well.",
         )
 
 

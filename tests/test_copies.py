@@ -272,7 +272,7 @@ def test_a_class_that_compiles_in_no_way_that_can_be_followed():
     graph.compile("sgd", "mse", alpha=0.9)
     passed = functional(Passed)
     passed.compile("sgd", "mse", alpha=0.9)
-    with pytest.warns(UserWarning, match="its `compile` takes .'alpha'., and it has no"):
+    with pytest.warns(UserWarning, match="its `compile` takes .'alpha'., and no"):
         quantized = qi.quantize_model(graph, "w8")
     assert not quantized.compiled
     with pytest.warns(UserWarning, match="method is custom"):
