@@ -16,7 +16,7 @@ from keras_qwrap.substitution import (
     sublayers,
 )
 from keras_qwrap.supported import refuse_raw_variables
-from keras_qwrap.weight_paths import copy_variables
+from keras_qwrap.weight_paths import copy_flags, copy_variables
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -90,12 +90,19 @@ class Copier:
     def __init__(self) -> None:
         self._copies: dict[int, Any] = {}
         self._plain: list[tuple[keras.Layer, keras.Layer]] = []
+        self._models: list[tuple[keras.Model, keras.Model]] = []
 
     def copy_model(self, model: keras.Model) -> keras.Model:
         """The new model; the weights of plain copies are those of the given model's layers."""
         new = self._copy(model)
         for source, target in self._plain:
             copy_variables(source, target)
+            # `new_layer` may have thawed the copy on purpose.
+            if source.trainable is target.trainable:
+                copy_flags(source, target)
+        # An optimizer is built for the variables that are to be trained.
+        for source, target in self._models:
+            carry_compiled(source, target)
         return new
 
     def new_layer(self, layer: keras.Layer) -> keras.Layer | None:
@@ -136,7 +143,7 @@ class Copier:
             sequential = isinstance(operation, keras.Sequential)
             new = self._new_sequential(operation) if sequential else self._new_functional(operation)
             _carry_flag(operation, new)
-            carry_compiled(operation, new)
+            self._models.append((operation, new))
             if type(new) is not type(operation):
                 warn_of_own_steps(operation)
             return new

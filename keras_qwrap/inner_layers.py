@@ -14,7 +14,7 @@ from keras_qwrap.copying import has_graph, made_again
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import output_specs, sublayers
 from keras_qwrap.supported import refuse_raw_variables
-from keras_qwrap.weight_paths import copy_variables, follow, own_weights, walk
+from keras_qwrap.weight_paths import copy_flags, copy_variables, follow, own_weights, walk
 
 Example = tuple[Sequence, Mapping[str, Any]]
 
@@ -234,7 +234,7 @@ def copy_built(
             "`example=(args, kwargs)`, the arguments of a call, with their dtypes."
         ) from error
     if model.built:
-        _copy_flags(model, copy)
+        copy_flags(model, copy)
         copy_variables(model, copy)
     return copy, (args, kwargs)
 
@@ -253,10 +253,3 @@ def _check_example(example: Any) -> tuple[tuple, dict]:
     if not pair or not isinstance(example[0], (tuple, list)) or not isinstance(example[1], Mapping):
         raise bad_type("example", example, "positional and keyword arguments", "Pass ((x,), {}).")
     return tuple(example[0]), dict(example[1])
-
-
-def _copy_flags(source: keras.Layer, target: keras.Layer) -> None:
-    """Make trainable in `target` what is in `source`; the flags are in no subclassed config."""
-    for old, new in zip(sublayers(source), sublayers(target), strict=False):
-        if old.trainable is not new.trainable:
-            new.trainable = old.trainable

@@ -273,6 +273,7 @@ class _GraphQuantizer(Copier):
         names = [{op.name for op in getattr(g, "operations", g.layers)} for g in graphs]
         self._taken = set().union(*names)
         self._making = {key: place for graph in graphs for key, place in _making_outputs(graph)}
+        self._frozen = _frozen_functions(model)
 
     def new_layer(self, layer: keras.Layer) -> keras.Layer:
         decision = self._decisions[id(layer)]
@@ -310,8 +311,9 @@ class _GraphQuantizer(Copier):
             self._taken.remove(layer.name)
             names[making] = layer.name
         outputs = new(*args, **kwargs)
+        trainable = id(layer) not in self._frozen
         held = [
-            self._holder(name, spec, kind)(tensor)
+            self._holder(name, spec, trainable, kind)(tensor)
             for name, kind, tensor in zip(names, kinds, keras.tree.flatten(outputs), strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, held)
@@ -323,7 +325,8 @@ class _GraphQuantizer(Copier):
             for old, new in zip(olds, keras.tree.flatten(inputs), strict=True):
                 spec = self._input_spec(old)
                 if spec:
-                    self._held[id(new)] = self._holder(f"{new.name}_quantizer", spec)(new)
+                    holder = self._holder(f"{new.name}_quantizer", spec, model.trainable)
+                    self._held[id(new)] = holder(new)
         return inputs
 
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
@@ -331,7 +334,8 @@ class _GraphQuantizer(Copier):
         spec = self._input_spec(model.inputs[0]) if model is self._model else None
         if spec is None:
             return layers
-        return [self._holder(f"{model.inputs[0].name}_quantizer", spec), *layers]
+        name = f"{model.inputs[0].name}_quantizer"
+        return [self._holder(name, spec, model.trainable), *layers]
 
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
         if not can_be_quantized(tensor) or id(tensor) in self._exact:
@@ -339,11 +343,16 @@ class _GraphQuantizer(Copier):
         return self._decisions[id(input_layer(tensor))].activations
 
     def _holder(
-        self, name: str, spec: ActivationSpec, output: OutputRange = OutputRange.DATA
+        self,
+        name: str,
+        spec: ActivationSpec,
+        trainable: bool,
+        output: OutputRange = OutputRange.DATA,
     ) -> keras.Layer:
         quantizer = _output_quantizer(spec, output)
         self.methods[id(quantizer)] = spec.range
-        return KerasActivationQuantizationHolder(quantizer, name=self._free(_scope_name(name)))
+        name = self._free(_scope_name(name))
+        return KerasActivationQuantizationHolder(quantizer, name=name, trainable=trainable)
 
     def _free(self, name: str) -> str:
         """`name`, or what comes next where it is taken; taken from now on."""
@@ -351,6 +360,35 @@ class _GraphQuantizer(Copier):
         free = next(each for each in tries if each not in self._taken)
         self._taken.add(free)
         return free
+
+
+def _frozen_functions(model: keras.Model) -> set[int]:
+    """The `id` of each function of a graph, or of one inside it, whose results training leaves.
+
+    It is in a frozen model, or all layers that it depends on are frozen, and there is one.
+    """
+    before: dict[int, set[bool]] = {}
+
+    def visit(graph: keras.Model, given: list[set[bool]], trainable: bool) -> list[set[bool]]:
+        """What is known, behind a graph's outputs, of the layers before: which flags they have."""
+        trainable = trainable and graph.trainable
+        known = {id(tensor): flags for tensor, flags in zip(graph.inputs, given, strict=True)}
+        for node in ordered_nodes(graph):
+            read = [known.get(id(tensor), set()) for tensor in node.inputs]
+            if is_graph(node.operation):
+                made = visit(node.operation, read, trainable)
+            else:
+                found = set().union(*read)
+                if isinstance(node.operation, keras.Layer):
+                    found |= {trainable and node.operation.trainable}
+                seen = {False} if not trainable else found or {True}
+                before[id(node.operation)] = before.get(id(node.operation), set()) | seen
+                made = [found] * len(node.outputs)
+            known |= {id(tensor): flags for tensor, flags in zip(node.outputs, made, strict=True)}
+        return [known.get(id(tensor), set()) for tensor in graph.outputs]
+
+    visit(model, [set()] * len(model.inputs), True)
+    return {key for key, flags in before.items() if flags == {False}}
 
 
 def _scope_name(name: str) -> str:

@@ -34,7 +34,8 @@ class QuantizingLayer(keras.layers.Layer):
     """A float32 layer that adopts quantizers, creates their variables and calls them.
 
     Its own dtype is float32, without autocasting, whatever the global policy: scales and
-    rounding are float32. A wrapped layer keeps its policy.
+    rounding are float32. A wrapped layer keeps its policy. A frozen layer (`trainable=False`) calls
+    its quantizers as in inference, also in training.
     """
 
     weights_quantizers: Mapping[str, Quantizer] = MappingProxyType({})
@@ -143,7 +144,12 @@ class QuantizingLayer(keras.layers.Layer):
         if shape is not None:
             kwargs["shape"] = tuple(shape) if hasattr(shape, "__iter__") else (int(shape),)
         kwargs["name"] = self._unique_name(kwargs.get("name") or "variable")
-        return super().add_weight(**kwargs)
+        variable = super().add_weight(**kwargs)
+        # A quantizer keeps it in a plain object, where TensorFlow's checkpoints find nothing: they
+        # see the attributes of a layer.
+        attribute = kwargs["name"]
+        setattr(self, f"variable_{attribute}" if hasattr(self, attribute) else attribute, variable)
+        return variable
 
     def _unique_name(self, role: str) -> str:
         stem = f"{self._prefix}{role}".replace("/", "_")
@@ -161,13 +167,15 @@ class QuantizingLayer(keras.layers.Layer):
             if replaced is not None:
                 return replaced
         if "training" in inspect.signature(quantizer.__call__).parameters:
-            return quantizer(tensor, training=training)
+            # Of a frozen layer not even ranges move.
+            return quantizer(tensor, training=training if self.trainable else False)
         return quantizer(tensor)
 
     def _quantize_weight(
         self, quantizer: Quantizer, variable: keras.Variable, training: Any
     ) -> Tensor:
-        tensor = self._quantize(quantizer, read(variable), training)
+        trained = training if variable.trainable else False
+        tensor = self._quantize(quantizer, read(variable), trained)
         if tuple(tensor.shape) != tuple(variable.shape):
             raise bad_value(
                 type(quantizer).__name__,

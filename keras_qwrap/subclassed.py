@@ -28,8 +28,8 @@ from keras_qwrap.quantizing_layer import (
     inferable_twin,
     serialize_quantizer,
 )
-from keras_qwrap.substitution import sublayers
-from keras_qwrap.weight_paths import find_weight
+from keras_qwrap.substitution import sign_build, sublayers
+from keras_qwrap.weight_paths import find_weight, follow
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -59,7 +59,7 @@ class QuantizedModel(keras.Model):
         example: the positional and keyword arguments of a call, `((x,), {})`, arrays or symbolic
             tensors. A built model's shapes, as float32, by default: needed where the call takes
             other dtypes or further tensors.
-        **kwargs: `name` (the model's, by default), `trainable`.
+        **kwargs: `name` and `trainable` (the model's, by default).
 
     Raises:
         TypeError: what is given is no subclassed model, or no quantizers.
@@ -110,11 +110,13 @@ class QuantizedModel(keras.Model):
         self.call = sign(call, signature)  # type: ignore[method-assign]
         # The policy is what Keras asks, when it compiles, whether to scale the loss.
         policy = model.dtype_policy
-        super().__init__(dtype=policy, autocast=False, **{"name": model.name, **kwargs})
-        sign(self.build, inspect.signature(model.build))
+        trainable = kwargs.get("trainable", model.trainable)
+        given = {"name": model.name, **kwargs, "trainable": trainable}
+        super().__init__(dtype=policy, autocast=False, **given)
+        sign_build(self, inspect.signature(model.build))
         self.supports_masking = model.supports_masking
         self.wrapper = KerasQuantizationWrapper(
-            copy, weights_quantizers, converted=converted, trainable=kwargs.get("trainable", True)
+            copy, weights_quantizers, converted=converted, trainable=trainable
         )
         self._holders_of: dict[str, int] = {}
         self.holders = []
@@ -122,7 +124,12 @@ class QuantizedModel(keras.Model):
             self._holders_of[path] = len(quantizers)
             for i, quantizer in enumerate(quantizers):
                 name = f"{path.replace('/', '_')}_output_{i}"
-                self.holders.append(KerasActivationQuantizationHolder(quantizer, name=name))
+                flag = trainable and getattr(follow(copy, path), "trainable", True)
+                holder = KerasActivationQuantizationHolder(quantizer, name=name, trainable=flag)
+                self.holders.append(holder)
+                # TensorFlow's checkpoints see attributes, not what is in a list. Keras' own files
+                # name what they hold by the first attribute in alphabetical order: the list.
+                setattr(self, f"holders_{name}", holder)
         self._construction = Construction()
         self._taps: Taps | None = None
         if example is not None:
@@ -243,7 +250,8 @@ class QuantizedModel(keras.Model):
         Raises:
             ValueError: the model is not built.
         """
-        weights = self._built_weights("convert_to_inferable_quantizers")
+        self._require_built("convert_to_inferable_quantizers")
+        weights = self.wrapper.converted_weights()
         quantizers = self.weights_quantizers
         new = type(self)(
             self.model,
@@ -266,7 +274,8 @@ class QuantizedModel(keras.Model):
         Raises:
             ValueError: the model is not built.
         """
-        weights = self._built_weights("unwrap")
+        self._require_built("unwrap")
+        weights = self.get_quantized_weights()
         new, _ = copy_built(self.model, self.inner_example())
         _assign(new, weights)
         if self.converted:
@@ -294,10 +303,9 @@ class QuantizedModel(keras.Model):
             lambda t: keras.KerasTensor((None, *t.shape[1:]), t.dtype, name=next(names)), first
         )
 
-    def _built_weights(self, what: str) -> dict[str, np.ndarray]:
+    def _require_built(self, what: str) -> None:
         if not self.built:
             raise bad_value(what, self.name, "a built model", "Call it first.")
-        return self.get_quantized_weights()
 
     def get_build_config(self) -> dict | None:
         """An example of a call, from which all variables are created, and what is trainable."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from inspect import Signature
 from typing import Any
 
 import keras
@@ -76,6 +77,22 @@ def call_with(
     with _Overlay(replacements) as overlay:
         outputs = layer(*args, **kwargs)
     return outputs, overlay.losses
+
+
+def sign_build(layer: keras.Layer, signature: Signature) -> None:
+    """Let Keras see `layer.build` as having `signature`, and note the shapes given by its names.
+
+    Keras reads the signature of the class's method, whatever it is told of the instance's; by what
+    it has noted, it then shows output shapes and exports models that have no graph.
+    """
+    build = layer.build
+
+    def signed(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        layer._build_shapes_dict = signature.bind(*args, **kwargs).arguments
+
+    signed.__signature__ = signature  # type: ignore[attr-defined]
+    layer.build = signed
 
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
@@ -223,6 +240,25 @@ def build_layer(layer: keras.Layer, shapes: Sequence, named_shapes: dict, exampl
         layer.build(*shapes, **named_shapes)
     if not all(inner.built for inner in sublayers(layer)):
         _build_by_tracing(layer, example)
+
+
+def specs_of_call(layer: keras.Layer, args: tuple, kwargs: dict) -> Any:
+    """What a call of a layer returns, as symbolic tensors; nothing is noted in the layer.
+
+    `compute_output_spec` alone does not know that a call converts inputs, and reads variables, in
+    the dtype of the layer's policy.
+    """
+
+    def converted(part: Any) -> Any:
+        if isinstance(part, keras.KerasTensor):
+            return layer.dtype_policy.convert_input(part, layer.autocast, layer.input_dtype)
+        return part
+
+    if layer._convert_input_args:
+        args, kwargs = keras.tree.map_structure(converted, (args, kwargs))
+    computes_floats = layer.autocast and "float" in layer.compute_dtype
+    with backend.AutocastScope(layer.compute_dtype if computes_floats else None):
+        return layer.compute_output_spec(*args, **kwargs)
 
 
 def output_specs(function: Callable, args: Sequence, kwargs: dict) -> Any:

@@ -357,3 +357,10 @@ def _copy_untracked(source: Any, target: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             source.save_assets(folder)
             target.load_assets(folder)
+
+
+def copy_flags(source: keras.Layer, target: keras.Layer) -> None:
+    """Make trainable in `target` what is in `source`: configs hold no flags of layers inside."""
+    for old, new in zip(sublayers(source), sublayers(target), strict=False):
+        if old.trainable is not new.trainable:
+            new.trainable = old.trainable

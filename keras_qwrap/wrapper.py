@@ -12,6 +12,7 @@ from keras import tree
 
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
+from keras_qwrap.conversion import ConvertedWeight, converted_weight
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.packed_weights import kept_weights, store_packed, zeros_for_random
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
@@ -27,9 +28,15 @@ from keras_qwrap.quantizing_layer import (
     refuse_inner_wrappers,
     serialize_quantizer,
 )
-from keras_qwrap.substitution import build_layer, call_with, sublayers
+from keras_qwrap.substitution import (
+    build_layer,
+    call_with,
+    sign_build,
+    specs_of_call,
+    sublayers,
+)
 from keras_qwrap.supported import check_supported, refuse_replaced_weights
-from keras_qwrap.tensors import read, to_numpy
+from keras_qwrap.tensors import Tensor, read, to_numpy
 from keras_qwrap.weight_paths import copy_variables
 
 
@@ -52,7 +59,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         converted: the layer's weights lie on their grids already, as
             `convert_to_inferable_quantizers` leaves them: they are used as they are, and not
             trained.
-        **kwargs: `name` (the wrapped layer's, by default), `trainable`, `activity_regularizer`.
+        **kwargs: `name` and `trainable` (the wrapped layer's, by default),
+            `activity_regularizer`.
 
     Raises:
         TypeError, ValueError: at construction for wrong arguments, for a quantizer of the other
@@ -96,8 +104,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         if type(self).call is KerasQuantizationWrapper.call:
             call = partial(KerasQuantizationWrapper.call, self)
             self.call = sign(call, self._signature)  # type: ignore[method-assign]
-        super().__init__(**{"name": layer.name, **kwargs})
-        sign(self.build, inspect.signature(layer.build))
+        super().__init__(**{"name": layer.name, "trainable": layer.trainable, **kwargs})
+        sign_build(self, inspect.signature(layer.build))
         self.layer = layer
         self.supports_masking = layer.supports_masking
         self.converted = check_bool("converted", converted)
@@ -185,6 +193,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
             self._initialize(self.activation_quantizers[i], tuple(shape), f"output_{i}")
         if self.converted:
             rows = [(path, variable, inferable_twin(q)) for path, q, variable in self._enabled()]
+            rows = [row for row in rows if row[2].has_codes]
             self._construction.packed = store_packed(self.layer, rows)
             if not self.trainable:
                 for inner in sublayers(self.layer):
@@ -278,7 +287,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped layer's output specification: quantizers keep shape and dtype."""
         args, kwargs = self.for_layer(args, kwargs)
-        return self.layer.compute_output_spec(*args, **kwargs)
+        return specs_of_call(self.layer, args, kwargs)
 
     def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped layer's output shape."""
@@ -295,30 +304,65 @@ class KerasQuantizationWrapper(QuantizingLayer):
             ValueError: as `get_codes`.
         """
         self._require_built("get_quantized_weights")
+        for packed in self._construction.packed.values():
+            packed.codes()  # Refuses what is no longer on its grid.
+        return {
+            path: to_numpy(self._computed(quantizer, variable)).astype(np.float32)
+            for path, quantizer, variable in self._enabled()
+        }
+
+    def _computed(self, quantizer: Quantizer, variable: keras.Variable) -> Tensor:
+        """What the layer computes with in inference."""
+        weight = read(variable)
+        return weight if self.converted else self._quantize(quantizer, weight, False)
+
+    def converted_weights(self) -> dict[str, np.ndarray]:
+        """What conversion leaves of each quantized weight, by path, in the variables' dtypes.
+
+        Warns:
+            UserWarning: a weight will not be what the layer computes with now.
+        """
+        self._require_built("converted_weights")
         if self.converted:
-            self.get_codes()
+            return self.get_quantized_weights()
         weights = {}
-        for path, q, variable in self._enabled():
-            weight = read(variable) if self.converted else self._quantize(q, read(variable), False)
-            weights[path] = to_numpy(weight).astype(np.float32)
+        for path, quantizer, variable in self._enabled():
+            found = self._converted(path, quantizer, variable)
+            found.warn_of_difference(self._named(path))
+            weights[path] = found.values
         return weights
+
+    def _converted(
+        self, path: str, quantizer: Quantizer, variable: keras.Variable
+    ) -> ConvertedWeight:
+        computed = self._computed(quantizer, variable)
+        return converted_weight(self._named(path), quantizer, variable, computed)
+
+    def _named(self, path: str) -> str:
+        return f"layer '{self.name}', weight '{path}'"
 
     def get_codes(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """`{path: (codes, scale, zero_point)}`: int32, float32 and int32 arrays.
 
-        `(codes - zero_point) * scale` is the quantized weight (before it is rounded to the
-        variable's dtype, if that is not float32). Codes of a lookup quantizer are table indices.
+        They are those that conversion leaves, or has left. `(codes - zero_point) * scale` is the
+        quantized weight (before it is rounded to the variable's dtype, if that is not float32).
+        Codes of a lookup quantizer are table indices.
 
         Raises:
-            ValueError: the layer is not built, or a converted layer's weight was changed and is
-                no longer on its grid.
+            ValueError: the layer is not built, a weight is not finite or its quantizer defines no
+                codes, or a converted layer's weight was changed and is no longer on its grid.
         """
         self._require_built("get_codes")
         codes = {}
         for path, quantizer, variable in self._enabled():
-            twin = inferable_twin(quantizer)
             packed = self._construction.packed.get(id(variable))
-            found = packed.codes() if packed else twin.quantize_to_codes(to_numpy(variable))
+            if packed:
+                codes[path] = (packed.codes(), quantizer.scale, quantizer.zero_point)
+                continue
+            _, found, twin, _ = self._converted(path, quantizer, variable)
+            if found is None:
+                expected = "a quantizer that defines `quantize_to_codes`"
+                raise bad_value(self._named(path), twin, expected, "Its weight is held as floats.")
             codes[path] = (found, twin.scale, twin.zero_point)
         return codes
 
@@ -340,10 +384,15 @@ class KerasQuantizationWrapper(QuantizingLayer):
         It has its own copy of the layer, whose quantized weights are computed once and not
         trained; its quantizers are inferable. Converting it again gives an equal one.
 
+        Where the inferable quantizer that `convert2inferable` gives for a weight has another grid,
+        which cannot hold what the trained one computes, the weight becomes what the inferable one
+        makes of the latent weight, with a warning.
+
         Raises:
-            ValueError: the wrapper is not built.
+            ValueError: the wrapper is not built, or a weight is not finite or too large for a grid.
         """
         self._require_built("convert_to_inferable_quantizers")
+        weights = {} if self.converted else self.converted_weights()
         config = check_format_version(self.get_config()) | {
             "layer": self._copy_layer(),
             "weights_quantizers": {
@@ -360,9 +409,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         new.build_from_config(self.get_build_config() or {})
         if not isinstance(self.layer, QuantizingLayer):
             copy_variables(self.layer, new.layer)
-        if not self.converted:
-            for path, weight in self.get_quantized_weights().items():
-                new.latent_weight(path).assign(weight)
+        for path, weight in weights.items():
+            new.latent_weight(path).assign(weight)
         return new
 
     def _copy_layer(self) -> keras.Layer:

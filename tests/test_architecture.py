@@ -39,6 +39,7 @@ READING_ORDER = [
     "packed_weights",
     "quantizing_layer",
     "construction",
+    "conversion",
     "wrapper",
     "holder",
     "copying",

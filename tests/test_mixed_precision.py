@@ -164,3 +164,57 @@ def test_pure_policies_of_a_dense_layer(policy, tmp_path):
     expected = to_numpy(ops.cast(model(x), "float32"))
     for each in (converted, reloaded):
         np.testing.assert_array_equal(to_numpy(ops.cast(each(x), "float32")), expected)
+
+
+class OwnCall(layers.Layer):
+    """Says nothing of its outputs: Keras finds out by running `call`."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(input_shape[-1], 2), name="kernel")
+
+    def call(self, inputs):
+        return ops.matmul(inputs, self.kernel)
+
+
+MADE = {
+    "Flatten": layers.Flatten,
+    "Reshape": lambda **options: layers.Reshape((3, 2), **options),
+    "Permute": lambda **options: layers.Permute((2, 1), **options),
+    "Identity": layers.Identity,
+    "Cropping1D": lambda **options: layers.Cropping1D((1, 0), **options),
+    "Dropout": lambda **options: layers.Dropout(0.5, **options),
+    "Softmax": layers.Softmax,
+    "Conv1D": lambda **options: layers.Conv1D(2, 1, **options),
+    "LSTM": lambda **options: layers.LSTM(2, recurrent_initializer="zeros", **options),
+    "LayerNormalization": layers.LayerNormalization,
+    "Add": layers.Add,
+    "Attention": layers.Attention,
+    "of a user": OwnCall,
+}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", MADE)
+def test_the_symbolic_dtype_is_that_of_a_call(name, policy):
+    """For inputs of a dtype that is not the layer's, as a wrapper hands them on."""
+    bare, layer = (MADE[name](dtype=policy) for _ in range(2))
+    several = name in ("Add", "Attention")
+    for dtype in ("float32", "float16"):
+        inputs = keras.Input((2, 3), dtype=dtype)
+        x = np.ones((1, 2, 3), dtype)
+        symbolic = Wrapper(layer)([inputs, inputs] if several else inputs)
+        real = Wrapper(layer)([x, x] if several else x)
+        assert symbolic.dtype == keras.backend.standardize_dtype(real.dtype)
+        assert symbolic.dtype == bare([inputs, inputs] if several else inputs).dtype
+
+
+def test_a_model_declares_the_dtypes_that_it_computes(global_policy):
+    global_policy("mixed_float16")
+    inputs = keras.Input((2, 3))
+    x = layers.Flatten()(layers.Conv1D(2, 1)(inputs))
+    model = keras.Model(inputs, [layers.Permute((2, 1))(inputs), layers.Reshape((4, 1))(x)])
+    data = floats(4, 2, 3)
+    for each in (model, qi.quantize_model(model, "w8a8", data, verbose=0)):
+        declared = [output.dtype for output in each.outputs]
+        assert declared == [keras.backend.standardize_dtype(y.dtype) for y in each(data)]
+        assert declared == ["float16", "float16"]

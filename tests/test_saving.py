@@ -77,6 +77,48 @@ class Subclassed(keras.Model):
         return self.dense(self.flatten(self.conv(inputs)))
 
 
+def float_model():
+    layers = [
+        keras.layers.Flatten(),
+        keras.layers.Dense(3, activation="relu"),
+        keras.layers.Dense(2),
+    ]
+    return keras.Sequential([keras.Input(SHAPE), *layers])
+
+
+@keras.saving.register_keras_serializable("test_saving")
+class Net(keras.Model):
+    """A model without a graph."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first = keras.layers.Dense(3, activation="relu")
+        self.second, self.flatten = keras.layers.Dense(2), keras.layers.Flatten()
+
+    def call(self, inputs):
+        return self.second(self.flatten(self.first(inputs)))
+
+
+def without_graph():
+    model = Net()
+    model(X)
+    return model
+
+
+def with_ranges(make):
+    """A maker of the model that `make` gives, quantized by data and trained for a little."""
+
+    def maker(data):
+        keras.utils.set_random_seed(0)
+        model = qi.quantize_model(make(), "w8a8", data, verbose=0)
+        train(model)
+        return model
+
+    return maker
+
+
+STATEFUL_MAKERS = {"recipe": with_ranges(float_model), "without graph": with_ranges(without_graph)}
+
 MAKERS = {
     "functional": functional,
     "sequential": sequential,
@@ -111,11 +153,15 @@ def models(trained):
         for name, model in trained.items()
         if name != "subclassed"
     }
-    return trained | converted
+    stateful = {name: make(X) for name, make in STATEFUL_MAKERS.items()}
+    final = {f"converted {name}": qi.convert_to_inferable(m) for name, m in stateful.items()}
+    return trained | converted | stateful | final | {"a user's": model_with(RegisteredScaled)}
 
 
 GRAPHS = [f"{prefix}{name}" for name in list(MAKERS)[:3] for prefix in ("", "converted ")]
 ALL = [*GRAPHS, "subclassed"]
+STATEFUL = [f"{prefix}{name}" for name in STATEFUL_MAKERS for prefix in ("", "converted ")]
+STATEFUL += ["a user's"]
 
 
 def called(model):
@@ -232,28 +278,77 @@ def test_a_compiled_h5_is_as_good_as_a_plain_one(loss, tmp_path):
     assert outcome(dense()) == outcome(keras.layers.Dense(2))
 
 
-@pytest.mark.tensorflow
-@pytest.mark.parametrize("name", ALL)
-def test_checkpoint_restores_every_variable(name, models, tmp_path):
+def checkpoint(model, fresh, folder):
     import tensorflow as tf
 
+    path = tf.train.Checkpoint(model=model).save(str(folder / "checkpoint"))
+    status = tf.train.Checkpoint(model=fresh).restore(path)
+    status.expect_partial().assert_existing_objects_matched()
+
+
+def weights_file(model, fresh, folder):
+    model.save_weights(folder / "model.weights.h5")
+    fresh.load_weights(folder / "model.weights.h5")
+
+
+STATES = {
+    "checkpoint": pytest.param(checkpoint, marks=pytest.mark.tensorflow),
+    ".weights.h5": weights_file,
+    "set_weights": lambda model, fresh, folder: fresh.set_weights(model.get_weights()),
+}
+
+
+def states(model):
+    """All variables but seeds, which Keras saves in no format."""
+    return [variable for variable in model.variables if "seed_generator" not in variable.path]
+
+
+@pytest.mark.parametrize("bring", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("name", [*ALL, *STATEFUL])
+def test_all_state_is_brought_to_a_model_with_other_state(name, bring, models, tmp_path):
+    """Every variable: a model remade from the config alone has many of the values already."""
     model = models[name]
-    path = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+    values = [ops.convert_to_numpy(v.value) for v in states(model)]
     fresh = built(type(model).from_config(model.get_config()))
-    tf.train.Checkpoint(model=fresh).restore(
-        path
-    ).expect_partial().assert_existing_objects_matched()
+    for variable, value in zip(states(fresh), values, strict=True):
+        variable.assign(~value if value.dtype == bool else value + 1)
+    bring(model, fresh, tmp_path)
+    for variable, value in zip(states(fresh), values, strict=True):
+        assert np.array_equal(ops.convert_to_numpy(variable.value), value), variable.path
     same_outputs(model, fresh)
 
 
 @pytest.mark.tensorflow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("maker", ["recipe", "without graph"])
+def test_a_checkpoint_restores_ranges_that_other_data_gave(maker, tmp_path):
+    """Into a model quantized anew: its config holds none of the ranges, its variables others."""
+    model, other = STATEFUL_MAKERS[maker](X), STATEFUL_MAKERS[maker](X * 0.1)
+    assert not np.array_equal(called(model), called(other))
+    checkpoint(model, other, tmp_path)
+    same_outputs(model, other, graph=True)
+    converted, fresh = (
+        qi.convert_to_inferable(model),
+        qi.convert_to_inferable(STATEFUL_MAKERS[maker](X * 0.1)),
+    )
+    checkpoint(converted, fresh, tmp_path)
+    same_outputs(model, fresh)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("name", [*ALL, *STATEFUL])
 def test_saved_model_serves_the_same_outputs(name, models, tmp_path):
     import tensorflow as tf
 
+    expected = models[name].predict(X, verbose=0)
     models[name].export(tmp_path / "exported", verbose=False)
-    loaded = tf.saved_model.load(str(tmp_path / "exported"))
-    assert np.array_equal(loaded.serve(X).numpy(), models[name].predict(X, verbose=0))
+    assert np.array_equal(tf.saved_model.load(str(tmp_path / "exported")).serve(X), expected)
+    tf.saved_model.save(models[name], str(tmp_path / "saved"))
+    serve = tf.saved_model.load(str(tmp_path / "saved")).signatures["serving_default"]
+    # Without a graph Keras serves the batches that the model was built with.
+    (inputs,) = serve.structured_input_signature[1].values()
+    rows = X[: inputs.shape[0]]
+    (outputs,) = serve(tf.constant(rows)).values()
+    assert np.array_equal(outputs, models[name].predict(rows, verbose=0))
 
 
 @pytest.mark.slow

@@ -183,6 +183,52 @@ def test_trainable_quantizers_of_the_document(name, tmp_path):
         same_outputs(qi.keras_load_quantized_model(path, compile=False), x, eager, graph)
 
 
+def on_another_grid(inputs, new_param):
+    """Signed 8-bit codes over `[-t, t)`: not what the documents' inferable quantizers hold."""
+    bound = tf.stop_gradient(tf.reduce_max(tf.convert_to_tensor(new_param)))
+    return trains(qi.fake_quantize(inputs, bound * np.float32(1 / 128), -128, 127), new_param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_trainable_quantizers_that_compute_on_another_grid(name, tmp_path, monkeypatch):
+    """They convert with a warning; the converted model has the weights of the named quantizer."""
+    monkeypatch.setitem(globals(), "custom_quantize", on_another_grid)
+    make, weights, output_rank, shape = LAYERS[name]
+    keras.utils.set_random_seed(0)
+    wrapper = qi.KerasQuantizationWrapper(
+        make(),
+        {path: weights_quantizer(rank, 0.5) for path, rank in weights.items()},
+        activation_quantizer(output_rank, 1.0),
+        name="wrapped",
+    )
+    model = keras.Sequential([keras.Input(shape), wrapper])
+    x = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
+    model.compile("adam", "mse")
+    model.fit(x, np.zeros((32, *model.output_shape[1:])), batch_size=8, verbose=0)
+    with pytest.warns(UserWarning, match="differ from those of training") as caught:
+        converted = qi.convert_to_inferable(model)
+    named = [str(warning.message).partition(":")[0] for warning in caught]
+    assert named == [f"layer 'wrapped', weight '{path}'" for path in weights]
+    for path in weights:
+        quantizer = wrapper.weights_quantizers[path].convert2inferable()
+        latent = ops.convert_to_numpy(wrapper.latent_weight(path))
+        held = converted.layers[0].get_quantized_weights()[path]
+        assert np.array_equal(held, quantizer(latent))
+        assert np.array_equal(wrapper.get_codes()[path][0], quantizer.quantize_to_codes(latent))
+    eager, graph = ops.convert_to_numpy(converted(x)), converted.predict(x, verbose=0)
+    objects = {"MyActivationsTrainingQuantizer": MyActivationsTrainingQuantizer}
+    for ending in ("keras", "h5"):
+        converted.save(tmp_path / f"model.{ending}")
+        loaded = qi.keras_load_quantized_model(tmp_path / f"model.{ending}", compile=False)
+        same_outputs(loaded, x, eager, graph)
+        model.save(tmp_path / f"trained.{ending}")
+        loaded = qi.keras_load_quantized_model(
+            tmp_path / f"trained.{ending}", custom_objects=objects, compile=False
+        )
+        same_outputs(loaded, x, ops.convert_to_numpy(model(x)), model.predict(x, verbose=0))
+
+
 def any_change(variable, old):
     return not np.array_equal(ops.convert_to_numpy(variable.value), old)
 

@@ -141,6 +141,11 @@ class BaseKerasInferableQuantizer:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(inputs).")
 
     @property
+    def has_codes(self) -> bool:
+        """Whether the class defines codes; a weight without them is saved as floats."""
+        return type(self).quantize_to_codes is not BaseKerasInferableQuantizer.quantize_to_codes
+
+    @property
     def num_bits(self) -> int:
         """Width of the codes."""
         raise NotImplementedError(f"{type(self).__name__} must define num_bits.")
