@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,7 @@ from keras_qwrap.copying import (
     unwrapped,
 )
 from keras_qwrap.correction import correct_biases
-from keras_qwrap.errors import bad_value
+from keras_qwrap.errors import bad_value, warn
 from keras_qwrap.folding import fold_batch_norm
 from keras_qwrap.holder import KerasActivationQuantizationHolder, unquantized_name
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
@@ -252,7 +251,7 @@ def _is_supported(layer: keras.Layer) -> bool:
     try:
         check_supported(layer)
     except ValueError as error:
-        warnings.warn(f"Layer '{layer.name}' is left in float. {error}", stacklevel=2)
+        warn(f"Layer '{layer.name}' is left in float. {error}")
         return False
     return True
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,9 +9,9 @@ from typing import Any, Literal
 import keras
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, nearest, warn
 from keras_qwrap.rules import FLOAT, SPECS, Rule, check_spec, with_specs, without_specs
-from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec, nearest
+from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ _METHODS = {
 }
 """What stands after the dash of a preset -> specs, of which the preset gives the bits."""
 
+_COMMON = ("w8a8", "w8", "w8a16", "w16a16", "w4a8", "w4", "w2")
 _TAILS = [f"-{method}" if method else "" for method in _METHODS]
 
 
@@ -58,9 +58,11 @@ def _preset_specs(preset: Any) -> tuple[WeightsSpec, ActivationSpec | Literal["f
     found = _PRESET.fullmatch(preset)
     if found is None or (found["method"] or "") not in _METHODS:
         methods = " or ".join(filter(None, _METHODS))
-        common = [f"{bits}{tail}" for bits in ("w8a8", "w8", "w4a8", "w4", "w2") for tail in _TAILS]
+        known = [f"{bits}{tail}" for bits in _COMMON for tail in _TAILS]
+        plain = re.sub("[^a-z0-9]", "", preset.lower())
+        known += [plain] if _PRESET.fullmatch(plain) else []
         expected = f"w<bits>[a<bits>][-<method>] with method {methods}"
-        raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset.lower(), common)}.")
+        raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset.lower(), known)}.")
     weights, activations = _METHODS[found["method"] or ""]
     try:
         weights = replace(weights, num_bits=int(found["weights"]))
@@ -201,10 +203,9 @@ class Recipe(Declared):
         own = self.decide(rule)
         if any(not _same(self.decide(other), own) for other in earlier):
             others = ", ".join(dict.fromkeys(map(str, earlier)))
-            warnings.warn(
+            warn(
                 f"{rule} has no effect: earlier rules decide about every layer that it matches: "
-                f"{others}. Put special rules before general ones.",
-                stacklevel=3,
+                f"{others}. Put special rules before general ones."
             )
 
     def decide(self, rule: Rule | None) -> Decision:
@@ -251,5 +252,6 @@ def as_recipe(recipe: "str | dict | Recipe") -> Recipe:
         return Recipe.from_preset(recipe)
     if isinstance(recipe, Mapping):
         return Recipe.from_config(recipe)
-    fix = "Pass for example 'w8a8'."
+    likely = nearest(str(recipe), _COMMON) if isinstance(recipe, int) else "'w8a8'"
+    fix = f"Pass for example {likely}."
     raise bad_type("recipe", recipe, "a preset, a Recipe or its config", fix)

@@ -1,7 +1,6 @@
 """Rules: which layers of a model a recipe treats otherwise, and how."""
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,8 +9,8 @@ import keras
 import numpy as np
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec, nearest
+from keras_qwrap.errors import bad_type, bad_value, nearest, warn
+from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec
 from keras_qwrap.weight_paths import default_weights
 
 FLOAT: Literal["float"] = "float"
@@ -202,4 +201,4 @@ class Rule(Declared):
         elif self.layer_class is not None:
             classes = [keras.saving.get_registered_name(type(layer)) for layer in layers]
             hint = f"Nearest classes: {nearest(str(self.layer_class), classes)}."
-        warnings.warn(f"{self} matches no layer of the model. {hint}", stacklevel=3)
+        warn(f"{self} matches no layer of the model. {hint}")
