@@ -10,7 +10,16 @@ import keras
 
 from keras_qwrap.channels import check_bool
 from keras_qwrap.errors import bad_type, bad_value, nearest, warn
-from keras_qwrap.rules import FLOAT, SPECS, Rule, check_spec, with_specs, without_specs
+from keras_qwrap.rules import (
+    FLOAT,
+    SPECS,
+    Place,
+    Rule,
+    check_spec,
+    place_of,
+    with_specs,
+    without_specs,
+)
 from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec
 
 
@@ -22,6 +31,7 @@ class Decision:
         weights: how its weights are quantized; None leaves them in float.
         activations: how its outputs are quantized; None leaves them in float.
         reason: why something stays in float; "" where nothing does.
+        rule: the rule that decided; None where none did.
 
     Example:
 
@@ -37,6 +47,7 @@ class Decision:
     weights: WeightsSpec | None
     activations: ActivationSpec | None
     reason: str = ""
+    rule: Rule | None = field(default=None, compare=False)
 
 
 _PRESET = re.compile(
@@ -178,8 +189,10 @@ class Recipe(Declared):
             raise bad_value("text", text, "a recipe in JSON", f"It breaks at: {error}.") from error
         return cls.from_config(config)
 
-    def plan(self, layers: Sequence[keras.Layer]) -> list[Decision]:
+    def plan(self, layers: Sequence[keras.Layer | Place]) -> list[Decision]:
         """What is done with each layer of a model, given in the model's order and built.
+
+        Layers that are inside models are given with their places.
 
         Raises:
             ValueError: a rule names a layer that is not there.
@@ -187,16 +200,16 @@ class Recipe(Declared):
         Warns:
             UserWarning: a rule matches no layer, or has no effect because of earlier rules.
         """
-        layers = list(layers)
+        places = [place_of(layer) for layer in layers]
         deciding: dict[int, Rule] = {}
         for rule in self.rules:
-            chosen = rule.select(layers)
+            chosen = rule.select(places)
             if not chosen:
-                rule.matches_nothing(layers)
+                rule.matches_nothing(places)
             elif all(index in deciding for index in chosen):
                 self._check_effect(rule, [deciding[index] for index in chosen])
             deciding = dict.fromkeys(chosen, rule) | deciding
-        return [self.decide(deciding.get(index)) for index in range(len(layers))]
+        return [self.decide(deciding.get(index)) for index in range(len(places))]
 
     def _check_effect(self, rule: Rule, earlier: list[Rule]) -> None:
         """Warn of a rule that never decides, unless the earlier rules decide the same."""
@@ -220,7 +233,7 @@ class Recipe(Declared):
             if spec == FLOAT:
                 kept.setdefault(f"rule {rule}" if given else source, []).append(name)
         reasons = [f"{source}: {' and '.join(what)} stay in float" for source, what in kept.items()]
-        return Decision(**specs, reason="; ".join(reasons))
+        return Decision(**specs, reason="; ".join(reasons), rule=rule)
 
 
 def _same(first: Decision, second: Decision) -> bool:
