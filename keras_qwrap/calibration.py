@@ -1,6 +1,5 @@
 """Find the ranges of a model's activations in data, without training."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.copying import check_built
-from keras_qwrap.errors import bad_value
+from keras_qwrap.errors import bad_value, warn
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizing_layer import QuantizingLayer, observed, quantizers_in
 from keras_qwrap.range_search import END_METHODS, check_method, find_range
@@ -394,4 +393,4 @@ class _Seen:
             text = f"is always {low:g}; its range holds only that and zero."
         else:
             return
-        warnings.warn(f"calibrate: the activation of '{self._name}' {text}", stacklevel=4)
+        warn(f"calibrate: the activation of '{self._name}' {text}")

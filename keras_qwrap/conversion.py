@@ -1,13 +1,12 @@
 """What a converted layer holds in the place of a trained weight."""
 
-import warnings
 from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.errors import bad_value, naming
+from keras_qwrap.errors import bad_value, naming, warn
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizing_layer import Quantizer, inferable_twin
 from keras_qwrap.tensors import Tensor, to_numpy
@@ -33,12 +32,11 @@ class ConvertedWeight(NamedTuple):
         differing = self.values != self.computed
         if np.any(differing):
             wide = self.values.astype(np.float64) - self.computed
-            warnings.warn(
+            warn(
                 f"{where}: {np.count_nonzero(differing)} of {differing.size} values differ from "
                 f"those of training, by up to {np.max(np.abs(wide)):.3g}: "
                 f"{type(self.twin).__name__}, which `convert2inferable` gave, cannot hold them. "
-                "The converted layer has what it makes of the latent weight.",
-                stacklevel=4,
+                "The converted layer has what it makes of the latent weight."
             )
 
 

@@ -1,12 +1,11 @@
 """Rebuild a Functional or Sequential model layer by layer, nested models and sharing included."""
 
 import inspect
-import warnings
 from typing import Any
 
 import keras
 
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, no_model, warn
 from keras_qwrap.quantizing_layer import QuantizingLayer
 from keras_qwrap.substitution import (
     compile_arguments,
@@ -41,15 +40,16 @@ def unwrapped(operation: Any) -> Any:
 def check_built(model: Any) -> None:
     """Refuse what is no built model."""
     if not isinstance(model, keras.Model):
-        raise bad_type("model", model, "a Keras model", "Wrap the layer in a model first.")
+        raise no_model(model)
     if not model.built:
         raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
 
 
 def check_graph(model: Any) -> None:
     """Refuse what is no built Functional or Sequential model."""
-    if not is_graph(model):
-        raise bad_type("model", model, "a Functional or Sequential model", "Pass a keras.Model.")
+    if isinstance(model, keras.Model) and not is_graph(model):
+        fix = "It has no graph; `quantize_model` makes a QuantizedModel of it."
+        raise bad_type("model", model, "a Functional or Sequential model", fix)
     check_built(model)
 
 
@@ -192,10 +192,9 @@ def carry_compiled(source: keras.Model, target: keras.Model) -> None:
             _check_compile(target)
             target.compile(**keras.tree.map_structure(_anew, arguments))
     except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
-        warnings.warn(
+        warn(
             f"The new model '{target.name}' is not compiled as the given one is ({error}). Compile "
-            "it before training.",
-            stacklevel=2,
+            "it before training."
         )
         return
     optimizer = getattr(target, "optimizer", None)
@@ -231,11 +230,10 @@ def warn_of_own_steps(model: keras.Model) -> None:
     """Say which of Keras' training steps the class of a model replaces, and its copy does not."""
     own = _own_methods(model, _STEPS)
     if own:
-        warnings.warn(
+        warn(
             f"The new model uses Keras' own training steps: received '{model.name}', whose class "
             f"{type(model).__name__} has its own {', '.join(own)}. Train it with a loop of your "
-            "own where that is not what you want.",
-            stacklevel=3,
+            "own where that is not what you want."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, no_model
 from keras_qwrap.file_checks import Contents, check_size, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.packed_weights import KEEP_CODES
@@ -85,7 +85,7 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
     ```
     """
     if not isinstance(model, keras.Model):
-        raise bad_type("model", model, "a Keras model", "Wrap the layer in a model first.")
+        raise no_model(model)
     if not isinstance(path, (str, os.PathLike)):
         raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
     path = os.fsdecode(path)

@@ -2,9 +2,8 @@
 
 import itertools
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -20,7 +19,7 @@ from keras_qwrap.copying import (
     unwrapped,
 )
 from keras_qwrap.correction import correct_biases
-from keras_qwrap.errors import bad_value
+from keras_qwrap.errors import bad_value, warn
 from keras_qwrap.folding import fold_batch_norm
 from keras_qwrap.holder import KerasActivationQuantizationHolder, unquantized_name
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
@@ -37,6 +36,7 @@ from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizer
 from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
+from keras_qwrap.rules import Place
 from keras_qwrap.specs import (
     ActivationSpec,
     WeightsSpec,
@@ -45,10 +45,16 @@ from keras_qwrap.specs import (
 )
 from keras_qwrap.streams import batches
 from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer
+from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
 from keras_qwrap.supported import check_supported
 from keras_qwrap.tensors import to_numpy
-from keras_qwrap.weight_paths import default_weights, find_weight
+from keras_qwrap.weight_paths import (
+    default_weights,
+    find_weight,
+    follow,
+    variables_of_weights,
+    weight_paths,
+)
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
@@ -172,15 +178,45 @@ def ordered_nodes(model: keras.Model) -> list[GraphNode]:
     return list(ordered.values())
 
 
-def _in_order(model: keras.Model, graphs: dict[int, keras.Model]) -> Iterator[Any]:
+def _places(
+    model: keras.Model, graphs: dict[int, keras.Model], around: tuple[Place, ...] = ()
+) -> Iterator[Place]:
     """Layers and functions of a graph in order of execution; a nested model's, where it stands."""
     graphs[id(model)] = model
-    yield from (input_layer(tensor) for tensor in model.inputs)
-    for node in ordered_nodes(model):
-        if not is_graph(node.operation):
-            yield unwrapped(node.operation)
-        elif id(node.operation) not in graphs:
-            yield from _in_order(node.operation, graphs)
+    nodes = [(input_layer(tensor), input_layer(tensor).name) for tensor in model.inputs]
+    nodes += [(unwrapped(n.operation), n.operation.name) for n in ordered_nodes(model)]
+    for operation, name in nodes:
+        place = Place(operation, f"{around[-1].path}/{name}" if around else name, around)
+        if not is_graph(operation):
+            yield place
+            yield from _places_inside(place) if _is_open(operation) else ()
+        elif id(operation) not in graphs:
+            yield from _places(operation, graphs, place.chain)
+
+
+def _is_open(operation: Any) -> bool:
+    """Whether an operation of a graph is a model without a graph, whose layers are seen too."""
+    return isinstance(operation, keras.Model) and not isinstance(operation, QuantizedModel)
+
+
+def _places_inside(outer: Place) -> Iterator[Place]:
+    for path, layer in quantizable_layers(outer.layer).items():
+        yield _place_inside(outer.layer, path, layer, outer.chain)
+
+
+def _place_inside(
+    model: keras.Model, path: str, layer: keras.Layer, outer: tuple[Place, ...] = ()
+) -> Place:
+    """Where a layer of a model without a graph is: in the layers that its path leads through."""
+    prefix = f"{outer[-1].path}/" if outer else ""
+    parts = path.split("/")
+    around = outer
+    for number in range(1, len(parts)):
+        before = "/".join(parts[:number])
+        found = follow(model, before)
+        if isinstance(found, keras.Layer):
+            around = (*around, Place(found, f"{prefix}{before}", around))
+    return Place(layer, f"{prefix}{path}", around)
 
 
 def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision], list[keras.Model]]:
@@ -190,12 +226,14 @@ def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision],
     and holders do not count. Functions between layers follow no rule.
     """
     graphs: dict[int, keras.Model] = {}
-    found = {id(operation): operation for operation in _in_order(model, graphs)}
+    found: dict[int, Place] = {}
+    for place in _places(model, graphs):
+        found.setdefault(id(place.layer), place)
     layers = {
-        key: operation
-        for key, operation in found.items()
-        if isinstance(operation, keras.Layer)
-        and not isinstance(operation, KerasActivationQuantizationHolder)
+        key: place
+        for key, place in found.items()
+        if isinstance(place.layer, keras.Layer)
+        and not isinstance(place.layer, KerasActivationQuantizationHolder)
     }
     decisions = dict(zip(layers, recipe.plan(list(layers.values())), strict=True))
     return dict.fromkeys(found, recipe.decide(None)) | decisions, list(graphs.values())
@@ -212,6 +250,39 @@ def units_in(model: keras.Model, example: Example | None) -> Units:
     outputs = layer_outputs(model, example)
     layers = quantizable_layers(model)
     return {path: (layers[path], outputs.get(path, [])) for path in [*outputs, *layers]}
+
+
+def plan_units(model: keras.Model, units: Units, recipe: Recipe) -> dict[int, Decision]:
+    """What a recipe says of each of the inner layers of a subclassed model, by `id`."""
+    places = [_place_inside(model, path, layer) for path, (layer, _) in units.items()]
+    plan = recipe.plan(places)
+    return {id(place.layer): decision for place, decision in zip(places, plan, strict=True)}
+
+
+def decided_weights(layer: keras.Layer, decisions: Mapping[int, Decision]) -> dict[int, Decision]:
+    """What is decided of the variables of a layer, by their `id`.
+
+    The innermost of the layers that are decided about, of all around a variable, has the say.
+    """
+    inside = [inner for inner in sublayers(layer) if id(inner) in decisions]
+    found: dict[int, Decision] = {}
+    for inner in sorted(inside, key=lambda each: len(sublayers(each)), reverse=True):
+        found |= {id(v): decisions[id(inner)] for v in variables_of_weights(inner)}
+    return found
+
+
+def _weights_quantizers(
+    layer: keras.Layer, decisions: Mapping[int, Decision]
+) -> dict[str, BaseKerasTrainableQuantizer]:
+    """The quantizers of a layer's weights, by path."""
+    variables = weight_paths(layer)
+    decided = decided_weights(layer, decisions)
+    made = {}
+    for path, axes in default_weights(layer).items():
+        decision = decided.get(id(variables[path]))
+        if decision and decision.weights:
+            made[path] = _weight_quantizer(layer, path, axes, decision.weights)
+    return made
 
 
 def _weight_quantizer(
@@ -252,7 +323,7 @@ def _is_supported(layer: keras.Layer) -> bool:
     try:
         check_supported(layer)
     except ValueError as error:
-        warnings.warn(f"Layer '{layer.name}' is left in float. {error}", stacklevel=2)
+        warn(f"Layer '{layer.name}' is left in float. {error}")
         return False
     return True
 
@@ -279,12 +350,7 @@ class _GraphQuantizer(Copier):
         decision = self._decisions[id(layer)]
         copy = self.plain_copy(layer)
         outputs = [] if _gathers(layer, decision) else self._outputs.get(id(layer), [])
-        weights = {}
-        if decision.weights:
-            weights = {
-                path: _weight_quantizer(layer, path, axes, decision.weights)
-                for path, axes in default_weights(layer).items()
-            }
+        weights = _weights_quantizers(layer, self._decisions)
         if not (weights or (outputs and decision.activations)) or not _is_supported(layer):
             return copy
         activations = []
@@ -414,20 +480,15 @@ def _quantize_subclassed(
 ) -> tuple[keras.Model, dict[int, str]]:
     """The quantized copy of a model without graph, and how each quantizer's range is found."""
     units = units_in(model, example)
-    plan = recipe.plan([layer for layer, _ in units.values()])
-    decisions = dict(zip(units, plan, strict=True))
-    weights = {}
-    for path, axes in default_weights(model).items():
-        owners = [owner for owner in units if path.startswith(f"{owner}/")]
-        spec = decisions[max(owners, key=len)].weights if owners else None
-        if spec:
-            weights[path] = _weight_quantizer(model, path, axes, spec)
+    decisions = plan_units(model, units, recipe)
+    weights = _weights_quantizers(model, decisions)
     activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
     methods: dict[int, str] = {}
     for path, (layer, outputs) in units.items():
-        wanted = decisions[path].activations
+        decision = decisions[id(layer)]
+        wanted = decision.activations
         floats = all(can_be_quantized(tensor) for tensor in outputs)
-        apart = not (carries_grid(layer) or _gathers(layer, decisions[path]))
+        apart = not (carries_grid(layer) or _gathers(layer, decision))
         if wanted and outputs and floats and apart:
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]

@@ -9,9 +9,9 @@ import numpy as np
 
 from keras_qwrap import ranges
 from keras_qwrap.channels import make_channels
-from keras_qwrap.errors import bad_value
+from keras_qwrap.errors import bad_value, nearest
 from keras_qwrap.grids import IntegerGrid, float_array
-from keras_qwrap.quantizers.config import DEFAULT_MIN_THRESHOLD, QuantizationMethod, check_member
+from keras_qwrap.quantizers.config import DEFAULT_MIN_THRESHOLD, QuantizationMethod, as_method
 
 END_METHODS = ("minmax", "moving_average")
 """Methods that need only the ends of what was seen."""
@@ -38,7 +38,7 @@ def find_range(
     high: float,
     method: str,
     num_bits: int,
-    quantization_method: QuantizationMethod,
+    quantization_method: QuantizationMethod | str,
 ) -> Range:
     """The range for an activation quantizer, inside `low..high` widened to hold zero.
 
@@ -75,6 +75,7 @@ def find_range(
     ```
     """
     check_method(method)
+    grid = as_method("quantization_method", quantization_method)
     samples = np.asarray(samples, dtype=np.float32).ravel()
     ends = np.asarray([low, high], dtype=np.float32)
     if not (np.all(np.isfinite(samples)) and np.all(np.isfinite(ends)) and low <= high):
@@ -91,16 +92,17 @@ def find_range(
     if method == "percentile":
         found = _percentile(x)
     elif method == "mse":
-        found = _least_error(x, scaled, num_bits, quantization_method)
+        found = _least_error(x, scaled, num_bits, grid)
     else:
-        found = _least_divergence(x, scaled, num_bits, quantization_method)
+        found = _least_divergence(x, scaled, num_bits, grid)
     return float(max(found[0] * unit, widest[0])), float(min(found[1] * unit, widest[1]))
 
 
 def check_method(method: Any, name: str = "method") -> str:
     """`method`, refused unless it is one of `METHODS`."""
     if method not in METHODS:
-        raise bad_value(name, method, f"one of {', '.join(METHODS)}", "Choose one of them.")
+        fix = f"Nearest: {nearest(str(method), METHODS)}."
+        raise bad_value(name, method, f"one of {', '.join(METHODS)}", fix)
     return method
 
 
@@ -294,8 +296,7 @@ def weights_threshold(
     ```
     """
     weight = float_array("weight", weight)
-    name = method.upper() if isinstance(method, str) else method
-    method = check_member("method", name, QuantizationMethod)
+    method = as_method("method", method)
     if method not in (QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO):
         raise bad_value("method", method, "SYMMETRIC or POWER_OF_TWO", "Choose one of the two.")
     per_channel = channel_axes is not None

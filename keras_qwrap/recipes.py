@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,9 +9,18 @@ from typing import Any, Literal
 import keras
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.rules import FLOAT, SPECS, Rule, check_spec, with_specs, without_specs
-from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec, nearest
+from keras_qwrap.errors import bad_type, bad_value, nearest, warn
+from keras_qwrap.rules import (
+    FLOAT,
+    SPECS,
+    Place,
+    Rule,
+    check_spec,
+    place_of,
+    with_specs,
+    without_specs,
+)
+from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Decision:
         weights: how its weights are quantized; None leaves them in float.
         activations: how its outputs are quantized; None leaves them in float.
         reason: why something stays in float; "" where nothing does.
+        rule: the rule that decided; None where none did.
 
     Example:
 
@@ -38,6 +47,7 @@ class Decision:
     weights: WeightsSpec | None
     activations: ActivationSpec | None
     reason: str = ""
+    rule: Rule | None = field(default=None, compare=False)
 
 
 _PRESET = re.compile(
@@ -49,6 +59,7 @@ _METHODS = {
 }
 """What stands after the dash of a preset -> specs, of which the preset gives the bits."""
 
+_COMMON = ("w8a8", "w8", "w8a16", "w16a16", "w4a8", "w4", "w2")
 _TAILS = [f"-{method}" if method else "" for method in _METHODS]
 
 
@@ -58,9 +69,11 @@ def _preset_specs(preset: Any) -> tuple[WeightsSpec, ActivationSpec | Literal["f
     found = _PRESET.fullmatch(preset)
     if found is None or (found["method"] or "") not in _METHODS:
         methods = " or ".join(filter(None, _METHODS))
-        common = [f"{bits}{tail}" for bits in ("w8a8", "w8", "w4a8", "w4", "w2") for tail in _TAILS]
+        known = [f"{bits}{tail}" for bits in _COMMON for tail in _TAILS]
+        plain = re.sub("[^a-z0-9]", "", preset.lower())
+        known += [plain] if _PRESET.fullmatch(plain) else []
         expected = f"w<bits>[a<bits>][-<method>] with method {methods}"
-        raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset.lower(), common)}.")
+        raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset.lower(), known)}.")
     weights, activations = _METHODS[found["method"] or ""]
     try:
         weights = replace(weights, num_bits=int(found["weights"]))
@@ -176,8 +189,10 @@ class Recipe(Declared):
             raise bad_value("text", text, "a recipe in JSON", f"It breaks at: {error}.") from error
         return cls.from_config(config)
 
-    def plan(self, layers: Sequence[keras.Layer]) -> list[Decision]:
+    def plan(self, layers: Sequence[keras.Layer | Place]) -> list[Decision]:
         """What is done with each layer of a model, given in the model's order and built.
+
+        Layers that are inside models are given with their places.
 
         Raises:
             ValueError: a rule names a layer that is not there.
@@ -185,26 +200,25 @@ class Recipe(Declared):
         Warns:
             UserWarning: a rule matches no layer, or has no effect because of earlier rules.
         """
-        layers = list(layers)
+        places = [place_of(layer) for layer in layers]
         deciding: dict[int, Rule] = {}
         for rule in self.rules:
-            chosen = rule.select(layers)
+            chosen = rule.select(places)
             if not chosen:
-                rule.matches_nothing(layers)
+                rule.matches_nothing(places)
             elif all(index in deciding for index in chosen):
                 self._check_effect(rule, [deciding[index] for index in chosen])
             deciding = dict.fromkeys(chosen, rule) | deciding
-        return [self.decide(deciding.get(index)) for index in range(len(layers))]
+        return [self.decide(deciding.get(index)) for index in range(len(places))]
 
     def _check_effect(self, rule: Rule, earlier: list[Rule]) -> None:
         """Warn of a rule that never decides, unless the earlier rules decide the same."""
         own = self.decide(rule)
         if any(not _same(self.decide(other), own) for other in earlier):
             others = ", ".join(dict.fromkeys(map(str, earlier)))
-            warnings.warn(
+            warn(
                 f"{rule} has no effect: earlier rules decide about every layer that it matches: "
-                f"{others}. Put special rules before general ones.",
-                stacklevel=3,
+                f"{others}. Put special rules before general ones."
             )
 
     def decide(self, rule: Rule | None) -> Decision:
@@ -219,7 +233,7 @@ class Recipe(Declared):
             if spec == FLOAT:
                 kept.setdefault(f"rule {rule}" if given else source, []).append(name)
         reasons = [f"{source}: {' and '.join(what)} stay in float" for source, what in kept.items()]
-        return Decision(**specs, reason="; ".join(reasons))
+        return Decision(**specs, reason="; ".join(reasons), rule=rule)
 
 
 def _same(first: Decision, second: Decision) -> bool:
@@ -251,5 +265,6 @@ def as_recipe(recipe: "str | dict | Recipe") -> Recipe:
         return Recipe.from_preset(recipe)
     if isinstance(recipe, Mapping):
         return Recipe.from_config(recipe)
-    fix = "Pass for example 'w8a8'."
+    likely = nearest(str(recipe), _COMMON) if isinstance(recipe, int) else "'w8a8'"
+    fix = f"Pass for example {likely}."
     raise bad_type("recipe", recipe, "a preset, a Recipe or its config", fix)

@@ -17,6 +17,7 @@ from keras_qwrap.placement import (
     exact_inputs,
     fusions,
 )
+from keras_qwrap.quantize import decided_weights
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Decision
@@ -27,7 +28,6 @@ from keras_qwrap.supported import check_supported
 from keras_qwrap.weight_paths import (
     default_weights,
     own_weights,
-    variables_of_weights,
     weight_paths,
     weight_reason,
 )
@@ -47,14 +47,10 @@ class WeightReasons:
         self._refusal = "" if wrapped or isinstance(layer, keras.Model) else _refusal(layer)
         self._default = _default_ids(layer)
         self._owners: dict[int, keras.Layer] = {}
-        self._recipe: dict[int, str] = {}
+        self._decided = decided_weights(layer, decisions)
         for inner in sublayers(layer):
             for variable in own_weights(inner):
                 self._owners.setdefault(id(variable), inner)
-            decision = decisions.get(id(inner))
-            if decision is not None:
-                reason = "" if decision.weights else decision.reason
-                self._recipe |= {id(v): reason for v in variables_of_weights(inner)}
 
     def why(self, variable: keras.Variable) -> str:
         """In a few words."""
@@ -63,7 +59,8 @@ class WeightReasons:
         if self._refusal:
             return self._refusal
         if id(variable) in self._default:
-            return self._recipe.get(id(variable)) or self._usual
+            decision = self._decided.get(id(variable))
+            return decision.reason if decision and not decision.weights else self._usual
         owner = self._owners.get(id(variable), self._layer)
         decided_outside = owner is not self._layer and id(variable) in _default_ids(owner)
         return weight_reason(self._layer if decided_outside else owner)

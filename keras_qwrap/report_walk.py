@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_qwrap.copying import is_graph
 from keras_qwrap.errors import bad_value
-from keras_qwrap.quantize import ordered_nodes, plan_graph, units_in
+from keras_qwrap.quantize import ordered_nodes, plan_graph, plan_units, units_in
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
 from keras_qwrap.recipes import Recipe
@@ -88,10 +88,8 @@ class _Walk:
     def _units(self, model: QuantizedModel, path: str) -> list[LayerReport]:
         """Rows of the inner layers whose outputs have no quantizer."""
         units = units_in(model.model, model.inner_example())
-        inner = {id(layer): layer for layer, _ in units.values()}
         if self._recipe is not None and not path:
-            plan = self._recipe.plan(list(inner.values()))
-            self._decisions = dict(zip(inner, plan, strict=True))
+            self._decisions = plan_units(model.model, units, self._recipe)
 
         def placed(name: str, layer: keras.Layer) -> UnquantizedOutputs | None:
             quantized = any(weight.startswith(f"{name}/") for weight in model.weights_quantizers)

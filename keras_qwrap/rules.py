@@ -1,7 +1,6 @@
 """Rules: which layers of a model a recipe treats otherwise, and how."""
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,8 +9,8 @@ import keras
 import numpy as np
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec, nearest
+from keras_qwrap.errors import bad_type, bad_value, nearest, warn
+from keras_qwrap.specs import ActivationSpec, Declared, WeightsSpec
 from keras_qwrap.weight_paths import default_weights
 
 FLOAT: Literal["float"] = "float"
@@ -105,11 +104,16 @@ _MATCHES: dict[str, Callable[[Any, Any], Any]] = {
 class Rule(Declared):
     """How a recipe treats some layers; exactly one of the first five arguments says which.
 
-    A rule sees the layers of a model and of models inside it, not layers inside other layers.
+    A rule sees the layers of a model and of models inside it, not layers inside other layers. A
+    layer goes by its own name or by its path, as the report prints it: `encoder/dense` for `dense`
+    in the model `encoder`, in a subclassed model the attributes that lead to it, as in `blocks/0`
+    (or the names of the layers on that way).
+    A shared layer has the path of its first use. What matches a model inside, by its name, path or
+    class, is for all layers in it.
 
     Args:
-        name: the name of one layer.
-        pattern: a regular expression that a layer's whole name matches.
+        name: the name or path of a layer, or of a model inside.
+        pattern: a regular expression that the whole of a name or path matches.
         layer_class: a layer class or its registered name; its subclasses match as well.
         position: 0 for the first layer, -1 for the last, and so on as in a list, among the layers
             that have weights to quantize.
@@ -172,34 +176,92 @@ class Rule(Declared):
         except (TypeError, ValueError) as error:
             raise type(error)(f"rule {config}: {error}") from error
 
-    def select(self, layers: Sequence[keras.Layer]) -> list[int]:
-        """Indices of the layers that this rule matches."""
-        if self.position is None:
-            return [index for index, layer in enumerate(layers) if self._matches(layer)]
-        counted = [index for index, layer in enumerate(layers) if default_weights(layer)]
-        inside = -len(counted) <= self.position < len(counted)
-        return [counted[self.position]] if inside else []
+    def select(self, places: Sequence["Place"]) -> list[int]:
+        """Indices of the layers that this rule matches, or whose surroundings it matches.
 
-    def _matches(self, layer: keras.Layer) -> bool:
-        if self.name is not None:
-            return layer.name == self.name
-        if self.pattern is not None:
-            return re.fullmatch(self.pattern, layer.name) is not None
-        if self.predicate is None:
-            return self.layer_class in _class_names(layer)
-        answer = self.predicate(layer)
+        Layers inside another one that is listed as well follow what is said of that one.
+        """
+        listed = {id(place.layer) for place in places}
+        units = [[each for each in place.chain if id(each.layer) in listed] for place in places]
+        if self.position is not None:
+            outer = [unit[0] for unit in units if len(unit) == 1]
+            counted = [id(place.layer) for place in outer if default_weights(place.layer)]
+            inside = -len(counted) <= self.position < len(counted)
+            wanted = {counted[self.position]} if inside else set()
+        elif self.predicate is not None:
+            layers = {id(place.layer): place.layer for place in places}
+            wanted = {key for key, layer in layers.items() if self._answer(layer)}
+        else:
+            units = [list(place.chain) for place in places]
+            found = {id(each.layer): each for unit in units for each in unit}
+            wanted = {key for key, place in found.items() if self._matches(place)}
+        return [i for i, unit in enumerate(units) if any(id(each.layer) in wanted for each in unit)]
+
+    def _answer(self, layer: keras.Layer) -> bool:
+        answer = self.predicate(layer) if self.predicate else False
         return check_bool(f"answer of {self} for layer '{layer.name}'", answer)
 
-    def matches_nothing(self, layers: Sequence[keras.Layer]) -> None:
-        """Refuse a name, and warn of anything else, that no layer has."""
-        names = [layer.name for layer in layers]
+    def _matches(self, place: "Place") -> bool:
         if self.name is not None:
+            return self.name in place.names
+        if self.pattern is not None:
+            return any(re.fullmatch(self.pattern, name) for name in place.names)
+        return self.layer_class in _class_names(place.layer)
+
+    def matches_nothing(self, places: Sequence["Place"]) -> None:
+        """Refuse a name, and warn of anything else, that no layer has."""
+        names = [name for place in places for each in place.chain for name in each.names]
+        if self.name is not None:
+            expected = "the name of a layer of the model or of a model inside it, or its path"
             fix = f"Nearest names: {nearest(self.name, names)}."
-            raise bad_value(f"name in {self}", self.name, "the name of a layer of the model", fix)
+            raise bad_value(f"name in {self}", self.name, expected, fix)
         hint = f"The layers are {nearest('', names)}."
         if self.pattern is not None:
             hint = f"Nearest names: {nearest(self.pattern, names)}."
         elif self.layer_class is not None:
-            classes = [keras.saving.get_registered_name(type(layer)) for layer in layers]
+            types = {type(each.layer) for place in places for each in place.chain}
+            classes = [keras.saving.get_registered_name(cls) for cls in types]
             hint = f"Nearest classes: {nearest(str(self.layer_class), classes)}."
-        warnings.warn(f"{self} matches no layer of the model. {hint}", stacklevel=3)
+        warn(f"{self} matches no layer of the model. {hint}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands in a model.
+
+    Args:
+        layer: the layer.
+        path: names of the models around it and its own, joined by `/`; in a subclassed model the
+            attributes that lead to it. Of a shared layer, the first.
+        around: what it is in, outermost first.
+
+    Example:
+
+    ```python
+    import keras
+    from keras_qwrap.rules import Place
+
+    encoder = Place(keras.Sequential(name="encoder"), "encoder")
+    dense = keras.layers.Dense(2, name="dense")
+    print(Place(dense, "encoder/dense", (encoder,)).names[:2])  # ('dense', 'encoder/dense')
+    ```
+    """
+
+    layer: keras.Layer
+    path: str
+    around: tuple["Place", ...] = ()
+
+    @property
+    def chain(self) -> tuple["Place", ...]:
+        """What it is in, and itself."""
+        return (*self.around, self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What rules may call it: its name, its path, and the names of all on its way."""
+        return self.layer.name, self.path, "/".join(each.layer.name for each in self.chain)
+
+
+def place_of(layer: keras.Layer | Place) -> Place:
+    """The place of a layer that stands alone, under its own name."""
+    return layer if isinstance(layer, Place) else Place(layer, layer.name)

@@ -1,12 +1,11 @@
 """How weights and activations are quantized, as plain data; and the quantizers made from it."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from keras_qwrap.channels import check_bool, check_channel_axis, make_channels
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, nearest
 from keras_qwrap.grids import check_num_bits
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import (
@@ -31,13 +30,6 @@ _ACTIVATIONS = {
 _ACTIVATION_RANGES = ("mse", "minmax", "moving_average", "percentile", "entropy")
 
 
-def nearest(wanted: str, names: Iterable[str]) -> str:
-    """The names that look most like `wanted`, for an error message."""
-    names = sorted(set(names))
-    near = difflib.get_close_matches(wanted, names) or names[:8]
-    return ", ".join(map(repr, near)) or "none"
-
-
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Refuse `value` unless it is one of the names in `choices`."""
     expected = f"one of {list(choices)}"
@@ -45,6 +37,14 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise bad_type(name, value, expected, "Pass its name.")
     if value not in choices:
         raise bad_value(name, value, expected, f"Nearest: {nearest(value, choices)}.")
+
+
+def _method_name(value: Any, choices: Iterable[str]) -> str:
+    """A method, or its name in any letters, as specs hold it."""
+    name = value.name if isinstance(value, QuantizationMethod) else value
+    name = name.lower() if isinstance(name, str) else name
+    check_choice("method", name, choices)
+    return name
 
 
 def _text(value: Any) -> str:
@@ -88,7 +88,7 @@ class WeightsSpec(Declared):
 
     Args:
         num_bits: width of the codes, 2 to 16.
-        method: "symmetric", "power_of_two" or "uniform".
+        method: "symmetric", "power_of_two" or "uniform"; or the `QuantizationMethod`.
         per_channel: a range for each output channel, or one for the whole weight.
         range: "weight", taken from the weight at every call; or "mse", found once, when the model
             is quantized: the threshold with the smallest squared error. "mse" finds thresholds,
@@ -107,13 +107,13 @@ class WeightsSpec(Declared):
     """
 
     num_bits: int = 8
-    method: str = "symmetric"
+    method: str | QuantizationMethod = "symmetric"
     per_channel: bool = True
     range: str = "weight"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bits", check_num_bits(self.num_bits))
-        check_choice("method", self.method, _WEIGHTS)
+        object.__setattr__(self, "method", _method_name(self.method, _WEIGHTS))
         object.__setattr__(self, "per_channel", check_bool("per_channel", self.per_channel))
         check_choice("range", self.range, _WEIGHT_RANGES)
         if self.range == "mse" and self.method == "uniform":
@@ -127,7 +127,7 @@ class ActivationSpec(Declared):
 
     Args:
         num_bits: width of the codes, 2 to 16.
-        method: "uniform", "symmetric" or "power_of_two".
+        method: "uniform", "symmetric" or "power_of_two"; or the `QuantizationMethod`.
         range: how calibration finds the range: "mse", "minmax", "moving_average", "percentile" or
             "entropy".
 
@@ -144,12 +144,12 @@ class ActivationSpec(Declared):
     """
 
     num_bits: int = 8
-    method: str = "uniform"
+    method: str | QuantizationMethod = "uniform"
     range: str = "mse"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bits", check_num_bits(self.num_bits))
-        check_choice("method", self.method, _ACTIVATIONS)
+        object.__setattr__(self, "method", _method_name(self.method, _ACTIVATIONS))
         check_choice("range", self.range, _ACTIVATION_RANGES)
 
 
@@ -186,7 +186,7 @@ def weights_quantizer(
     kept: tuple[int, ...] = ()
     if channel_axes is not None:
         kept = make_channels(True, check_channel_axis(channel_axes), rank).kept
-    cls, method = _WEIGHTS[spec.method]
+    cls, method = _WEIGHTS[str(spec.method)]
     config = TrainableQuantizerWeightsConfig(
         method,
         spec.num_bits,
@@ -209,5 +209,5 @@ def activation_quantizer(spec: ActivationSpec) -> BaseKerasTrainableQuantizer:
     print(quantizer.quantization_config.activation_n_bits)  # 4
     ```
     """
-    cls, method = _ACTIVATIONS[spec.method]
+    cls, method = _ACTIVATIONS[str(spec.method)]
     return cls(TrainableQuantizerActivationConfig(method, spec.num_bits))

@@ -108,11 +108,22 @@ def test_axes_are_a_tuple():
 def test_methods_may_be_given_by_name():
     assert qi.TrainableQuantizerWeightsConfig("UNIFORM").quantization_method is M.UNIFORM
     assert qi.TrainableQuantizerActivationConfig("UNIFORM").quantization_method is M.UNIFORM
+    for method in M:
+        for name in (method.name, method.name.lower(), method.name.title()):
+            for cls in (
+                qi.TrainableQuantizerWeightsConfig,
+                qi.TrainableQuantizerActivationConfig,
+            ):
+                config = cls(name)
+                assert config == cls(method)
+                assert config.quantization_method is method
+                assert config.get_config() == cls(method).get_config()
 
 
 METHOD = [
     (8, TypeError, ["received 8", "QuantizationMethod", "POWER_OF_TWO, SYMMETRIC, UNIFORM"]),
-    ("symmetric", TypeError, ["'symmetric'", "QuantizationMethod"]),
+    ("asymmetric", TypeError, ["'asymmetric'", "QuantizationMethod", "Nearest: 'UNIFORM'."]),
+    ("symetric", TypeError, ["'symetric'", "QuantizationMethod", "POWER_OF_TWO, SYMMETRIC"]),
     (None, TypeError, ["None", "QuantizationMethod"]),
     (qi.QuantizationTarget.Weights, TypeError, ["Target.Weights", "QuantizationMethod"]),
 ]

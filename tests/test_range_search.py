@@ -257,6 +257,19 @@ def test_dead_channels_have_the_floor(method):
     assert np.all(weights_threshold(weight * np.float32(2.0**100), -1, 8, method)[1:] > 2.0**30)
 
 
+def test_grids_may_be_given_by_name():
+    x = np.linspace(-1, 2, 50)
+    for method in (UNIFORM, SYMMETRIC, POT):
+        found = find_range(x, -1, 2, "mse", 4, method)
+        for name in (method.name, method.name.lower()):
+            assert find_range(x, -1, 2, "mse", 4, name) == found
+    weight = np.float32([[0.5, 1.0], [-3.0, 0.25]])
+    for method in (SYMMETRIC, POT):
+        for name in (method.name, method.name.lower()):
+            found = weights_threshold(weight, -1, 4, name)
+            assert found.tolist() == weights_threshold(weight, -1, 4, method).tolist()
+
+
 def test_bad_weights():
     weight = np.ones((2, 3), "float32")
     refused(ValueError, lambda: weights_threshold(weight * np.nan, -1, 8, SYMMETRIC), "finite")

@@ -8,7 +8,7 @@ import pytest
 from reference import refused
 
 from keras_qwrap.recipes import Recipe
-from keras_qwrap.rules import Rule
+from keras_qwrap.rules import Place, Rule
 from keras_qwrap.specs import ActivationSpec, WeightsSpec
 
 
@@ -62,7 +62,9 @@ def test_a_function_cannot_be_saved(action):
 def test_a_predicate_must_answer():
     layer = keras.layers.Dense(1, name="head")
     rule = Rule(predicate=lambda layer: None)
-    refused(TypeError, lambda: rule.select([layer]), "Rule(predicate=", "'head'", "None")
+    refused(
+        TypeError, lambda: rule.select([Place(layer, "head")]), "Rule(predicate=", "'head'", "None"
+    )
 
 
 BAD_RULES = [

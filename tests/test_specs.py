@@ -17,7 +17,9 @@ BAD_SPECS = [
     (WeightsSpec, {"num_bits": 17}, ValueError, ["num_bits: received 17 ", "2 to 16"]),
     (WeightsSpec, {"num_bits": "8"}, TypeError, ["num_bits: received '8'", "2 to 16"]),
     (WeightsSpec, {"method": "uniforn"}, ValueError, ["method: received 'uniforn'", "'uniform'."]),
-    (WeightsSpec, {"method": M.SYMMETRIC}, TypeError, ["method", "'symmetric'", "its name"]),
+    (WeightsSpec, {"method": M.LUT_SYM_QUANTIZER}, ValueError, ["'lut_sym_quantizer'"]),
+    (WeightsSpec, {"method": qi.QuantizationTarget.Weights}, TypeError, ["method", "its name"]),
+    (ActivationSpec, {"method": "asymmetric"}, ValueError, ["'asymmetric'", "Nearest: 'uniform'."]),
     (WeightsSpec, {"per_channel": 1}, TypeError, ["per_channel: received 1", "True or False"]),
     (WeightsSpec, {"range": "minmax"}, ValueError, ["range: received 'minmax'", "'weight', 'mse'"]),
     (
@@ -37,6 +39,19 @@ BAD_SPECS = [
 @pytest.mark.parametrize(("cls", "arguments", "error", "fragments"), BAD_SPECS)
 def test_bad_specs_are_refused(cls, arguments, error, fragments):
     refused(error, lambda: cls(**arguments), *fragments)
+
+
+@pytest.mark.parametrize("cls", [WeightsSpec, ActivationSpec])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_or_its_name_in_any_letters(cls, method):
+    """Kept as the one name, so that specs are equal, and saved alike."""
+    spec = cls(method=method)
+    for given in (METHODS[method], method.upper(), method.title()):
+        same_spec = cls(method=given)
+        assert (same_spec, same_spec.method, type(same_spec.method)) == (spec, method, str)
+        assert same_spec.get_config() == spec.get_config()
+        assert hash(same_spec) == hash(spec)
+        assert str(same_spec) == str(spec)
 
 
 @pytest.mark.parametrize("cls", [WeightsSpec, ActivationSpec])

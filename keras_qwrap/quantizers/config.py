@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.channels import check_bool, check_channel_axis
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, nearest
 from keras_qwrap.grids import check_num_bits, float_array
 
 PACKAGE = "keras_qwrap"
@@ -67,9 +67,15 @@ def check_member(name: str, value: Any, kind: type[enum.Enum]) -> Any:
         return value
     if isinstance(value, str) and value in kind.__members__:
         return kind[value]
-    raise bad_type(
-        name, value, f"a {kind.__name__}", f"Choose one of {', '.join(kind.__members__)}."
-    )
+    near = f" Nearest: {nearest(value, kind.__members__)}." if isinstance(value, str) else ""
+    fix = f"Choose one of {', '.join(kind.__members__)}.{near}"
+    raise bad_type(name, value, f"a {kind.__name__}", fix)
+
+
+def as_method(name: str, value: Any) -> QuantizationMethod:
+    """A method, or its name in capitals or small letters, as specs hold it, as a method."""
+    known = isinstance(value, str) and value.upper() in QuantizationMethod.__members__
+    return check_member(name, value.upper() if known else value, QuantizationMethod)
 
 
 def _plain_params(name: str, params: Any) -> dict:
@@ -122,7 +128,7 @@ class TrainableQuantizerWeightsConfig:
     """How a trainable quantizer quantizes a weight.
 
     Args:
-        weights_quantization_method: which grid.
+        weights_quantization_method: which grid, or its name.
         weights_n_bits: width of the codes, 2 to 16.
         weights_quantization_params: `{"threshold": ...}`, or `{"range_min": ..., "range_max":
             ...}` for uniform grids: a float, or one for each channel; a quantizer of your own may
@@ -157,8 +163,8 @@ class TrainableQuantizerWeightsConfig:
 
     def __post_init__(self) -> None:
         checked = {
-            "weights_quantization_method": check_member(
-                "weights_quantization_method", self.weights_quantization_method, QuantizationMethod
+            "weights_quantization_method": as_method(
+                "weights_quantization_method", self.weights_quantization_method
             ),
             "weights_n_bits": check_num_bits(self.weights_n_bits, "weights_n_bits"),
             "weights_quantization_params": _plain_params(
@@ -202,7 +208,7 @@ class TrainableQuantizerActivationConfig:
     """How a trainable quantizer quantizes an activation, per tensor.
 
     Args:
-        activation_quantization_method: which grid.
+        activation_quantization_method: which grid, or its name.
         activation_n_bits: width of the codes, 2 to 16.
         activation_quantization_params: `{"threshold": ..., "is_signed": ...}`, or `{"range_min":
             ..., "range_max": ...}` for uniform grids; a quantizer of your own may read other keys.
@@ -232,10 +238,8 @@ class TrainableQuantizerActivationConfig:
 
     def __post_init__(self) -> None:
         checked = {
-            "activation_quantization_method": check_member(
-                "activation_quantization_method",
-                self.activation_quantization_method,
-                QuantizationMethod,
+            "activation_quantization_method": as_method(
+                "activation_quantization_method", self.activation_quantization_method
             ),
             "activation_n_bits": check_num_bits(self.activation_n_bits, "activation_n_bits"),
             "activation_quantization_params": _plain_params(
