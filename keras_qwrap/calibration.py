@@ -1,6 +1,6 @@
 """Find the ranges of a model's activations in data, without training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
@@ -10,14 +10,14 @@ from keras import ops
 
 from keras_qwrap.copying import check_built
 from keras_qwrap.errors import bad_value, warn
+from keras_qwrap.quantizers.config import check_range_method
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizing_layer import QuantizingLayer, observed, quantizers_in
-from keras_qwrap.range_search import END_METHODS, check_method, find_range
+from keras_qwrap.range_search import END_METHODS, find_range
 from keras_qwrap.streams import batches, number_of_batches
 from keras_qwrap.substitution import State, layer_paths, state_kept
 from keras_qwrap.tensors import Tensor
 
-_DEFAULT = "mse"
 _SAMPLES = 4096
 _FEW_SAMPLES = 256
 _RESERVOIR = 2**16
@@ -59,9 +59,9 @@ def calibrate(
     Args:
         model: a built model that holds wrappers or holders with such quantizers.
         data: the model's inputs; every kind that `streams.batches` takes.
-        method: `"mse"` (the default), `"minmax"`, `"moving_average"`, `"percentile"` or
-            `"entropy"`; or a mapping from a wrapper's or holder's name to one of them, for all
-            of that name, the default for others.
+        method: None for each quantizer's own `range_method`, which a recipe gave it; or for all
+            `"mse"`, `"minmax"`, `"moving_average"`, `"percentile"` or `"entropy"`; or a mapping
+            from a wrapper's or holder's name to one of them, for all of that name.
         batch_size: rows of each batch, for arrays.
         steps: the most batches to take; needed for data without end.
         verbose: progress bar: `"auto"`, 0 or 1.
@@ -93,31 +93,8 @@ def calibrate(
     print(calibrate(model, data, "minmax", verbose=0))  # {'input': (-1.0, 2.0)}
     ```
     """
-    owners = {id(quantizer): owner.name for owner, _, quantizer in _found(model)}
-    if isinstance(method, Mapping):
-        unknown = [name for name in method if name not in owners.values()]
-        if unknown:
-            fix = "Name wrappers and holders whose ranges are to be found."
-            raise bad_value("method", unknown, f"names among {sorted(set(owners.values()))}", fix)
-        methods = {key: method.get(name, _DEFAULT) for key, name in owners.items()}
-    else:
-        methods = dict.fromkeys(owners, check_method(_DEFAULT if method is None else method))
-    return calibrate_each(
-        model, data, lambda quantizer: methods[id(quantizer)], batch_size, steps, verbose
-    )
-
-
-def calibrate_each(
-    model: keras.Model,
-    data: Any,
-    choose: Callable[[MovingAverageActivationQATQuantizer], str],
-    batch_size: int = 32,
-    steps: int | None = None,
-    verbose: Any = "auto",
-) -> dict[str, tuple[float, float]]:
-    """`calibrate` with the method that `choose` gives for each quantizer object."""
     rows = _rows(model)
-    methods = [check_method(choose(quantizer), f"method of '{name}'") for name, quantizer in rows]
+    methods = _methods(_found(model), method)
     seen = [_Seen(name, quantizer.momentum) for name, quantizer in rows]
     number = _FEW_SAMPLES if set(methods) <= set(END_METHODS) else _SAMPLES
     observer = _Observer(model, [quantizer for _, quantizer in rows], number)
@@ -170,6 +147,22 @@ def _found(model: keras.Model) -> list[Found]:
             "Quantize its activations first; fixed ranges need no calibration.",
         )
     return found
+
+
+def _methods(found: list[Found], method: Methods) -> list[str]:
+    """How each range is found: as `method` says, else as its quantizer does."""
+    if not isinstance(method, Mapping):
+        if method is not None:
+            check_range_method(method, "method")
+        return [method or quantizer.range_method for _, _, quantizer in found]
+    names = {owner.name for owner, _, _ in found}
+    unknown = [name for name in method if name not in names]
+    if unknown:
+        fix = "Name wrappers and holders whose ranges are to be found."
+        raise bad_value("method", unknown, f"names among {sorted(names)}", fix)
+    for name, chosen in method.items():
+        check_range_method(chosen, f"method of '{name}'")
+    return [method.get(owner.name, quantizer.range_method) for owner, _, quantizer in found]
 
 
 def _rows(model: keras.Model) -> list[Row]:
@@ -389,6 +382,8 @@ class _Seen:
             text = "was not reached by this data; its range is left as it was."
         elif self._outliers is not None:
             text = f"has outliers from {self._outliers[0]:g} to {self._outliers[1]:g}: clipped."
+        elif low == high == 0:
+            text = "is always 0; the first training batch with other values sets its range."
         elif low == high:
             text = f"is always {low:g}; its range holds only that and zero."
         else:

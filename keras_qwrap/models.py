@@ -7,7 +7,6 @@ import numpy as np
 
 from keras_qwrap.copying import Copier, check_graph, is_graph
 from keras_qwrap.holder import KerasActivationQuantizationHolder, unquantized_name
-from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in, refuse_inner_wrappers
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import input_layer, sublayers
@@ -53,14 +52,7 @@ def convert_to_inferable(model: keras.Model) -> keras.Model:
 
 def _check_calibrated(model: Any) -> None:
     found = quantizers_in(model) if isinstance(model, keras.Layer) else []
-    names = [
-        owner.name
-        for owner, _, quantizer in found
-        if isinstance(quantizer, MovingAverageActivationQATQuantizer)
-        and quantizer.enabled
-        and quantizer.quantizer_parameters
-        and quantizer.range is None
-    ]
+    names = [owner.name for owner, _, quantizer in found if quantizer.needs_range]
     if names:
         raise ValueError(
             f"convert_to_inferable: received model '{model.name}' with activations that have no "

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.calibration import calibrate_each, has_ranges_to_find
+from keras_qwrap.calibration import calibrate, has_ranges_to_find
 from keras_qwrap.copying import (
     Copier,
     carry_compiled,
@@ -118,17 +118,13 @@ def quantize_model(
     if recipe.fold_batch_norm:
         model = fold_batch_norm(model)
     if is_graph(model):
-        quantizer = _GraphQuantizer(model, recipe)
-        new = quantizer.copy_model(model)
-        methods = quantizer.methods
+        new = _GraphQuantizer(model, recipe).copy_model(model)
     else:
-        new, methods = _quantize_subclassed(model, recipe, example)
+        new = _quantize_subclassed(model, recipe, example)
     if recipe.bias_correction:
         correct_biases(new, model, calibration_data, batch_size, steps)
     if calibration_data is not None and has_ranges_to_find(new):
-        calibrate_each(
-            new, calibration_data, lambda made: methods[id(made)], batch_size, steps, verbose
-        )
+        calibrate(new, calibration_data, None, batch_size, steps, verbose)
     elif calibration_data is not None and not recipe.bias_correction:
         for _ in batches(new, calibration_data, batch_size, steps):
             pass  # Refuses data that does not fit, though nothing is to be found in it.
@@ -333,7 +329,6 @@ class _GraphQuantizer(Copier):
 
     def __init__(self, model: keras.Model, recipe: Recipe) -> None:
         super().__init__()
-        self.methods: dict[int, str] = {}
         self._model = model
         self._outputs: dict[int, list[OutputRange]] = {}
         self._decisions, graphs = plan_graph(model, recipe)
@@ -356,7 +351,6 @@ class _GraphQuantizer(Copier):
         activations = []
         if decision.activations:
             activations = [_output_quantizer(decision.activations, output) for output in outputs]
-            self.methods |= {id(made): decision.activations.range for made in activations}
         return KerasQuantizationWrapper(copy, weights, activations)
 
     def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
@@ -416,7 +410,6 @@ class _GraphQuantizer(Copier):
         output: OutputRange = OutputRange.DATA,
     ) -> keras.Layer:
         quantizer = _output_quantizer(spec, output)
-        self.methods[id(quantizer)] = spec.range
         name = self._free(_scope_name(name))
         return KerasActivationQuantizationHolder(quantizer, name=name, trainable=trainable)
 
@@ -477,13 +470,12 @@ def _making_outputs(graph: keras.Model) -> Iterator[tuple[int, int]]:
 
 def _quantize_subclassed(
     model: keras.Model, recipe: Recipe, example: Example | None
-) -> tuple[keras.Model, dict[int, str]]:
-    """The quantized copy of a model without graph, and how each quantizer's range is found."""
+) -> keras.Model:
+    """The quantized copy of a model without graph."""
     units = units_in(model, example)
     decisions = plan_units(model, units, recipe)
     weights = _weights_quantizers(model, decisions)
     activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
-    methods: dict[int, str] = {}
     for path, (layer, outputs) in units.items():
         decision = decisions[id(layer)]
         wanted = decision.activations
@@ -492,7 +484,6 @@ def _quantize_subclassed(
         if wanted and outputs and floats and apart:
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
-            methods |= {id(made): wanted.range for made in activations[path]}
     new = QuantizedModel(model, weights, activations, example=example)
     carry_compiled(model, new)
-    return new, methods
+    return new

@@ -23,8 +23,10 @@ from keras_qwrap.tensors import Tensor, read
 Quantizer = BaseKerasTrainableQuantizer | BaseKerasInferableQuantizer
 Observer = Callable[[Quantizer, Tensor], Tensor | None]
 
-FORMAT_VERSION = 1
-"""Version of the wrapper's and the holder's config; files of a newer one are refused."""
+FORMAT_VERSION = 2
+"""Version of the wrapper's and the holder's config; files of a newer one are refused.
+
+Version 1 lacks arguments of the moving averages, which have the default there."""
 
 _KERAS_2_ORDER = ("name", "shape", "dtype", "initializer", "regularizer", "trainable", "constraint")
 _KERAS_3_ORDER = ("shape", "initializer", "dtype")

@@ -9,14 +9,12 @@ import numpy as np
 
 from keras_qwrap import ranges
 from keras_qwrap.channels import make_channels
-from keras_qwrap.errors import bad_value, nearest
-from keras_qwrap.grids import IntegerGrid, float_array
-from keras_qwrap.quantizers.config import DEFAULT_MIN_THRESHOLD, QuantizationMethod, as_method
+from keras_qwrap.errors import bad_value
+from keras_qwrap.grids import SMALLEST_SCALE, IntegerGrid, float_array
+from keras_qwrap.quantizers.config import QuantizationMethod, as_method, check_range_method
 
 END_METHODS = ("minmax", "moving_average")
 """Methods that need only the ends of what was seen."""
-
-METHODS = (*END_METHODS, "percentile", "mse", "entropy")
 
 _PERCENT = 99.99
 _BINS = 2048
@@ -55,7 +53,7 @@ def find_range(
         samples: the numbers seen, or a part of them; finite.
         low: the least number seen.
         high: the greatest number seen.
-        method: one of `METHODS`.
+        method: one of `RANGE_METHODS`.
         num_bits: width of the codes.
         quantization_method: `UNIFORM`, `SYMMETRIC` or `POWER_OF_TWO`.
 
@@ -74,7 +72,7 @@ def find_range(
     print(x.min() < low < -2, 2 < high < x.max())  # True True
     ```
     """
-    check_method(method)
+    check_range_method(method, "method")
     grid = as_method("quantization_method", quantization_method)
     samples = np.asarray(samples, dtype=np.float32).ravel()
     ends = np.asarray([low, high], dtype=np.float32)
@@ -96,14 +94,6 @@ def find_range(
     else:
         found = _least_divergence(x, scaled, num_bits, grid)
     return float(max(found[0] * unit, widest[0])), float(min(found[1] * unit, widest[1]))
-
-
-def check_method(method: Any, name: str = "method") -> str:
-    """`method`, refused unless it is one of `METHODS`."""
-    if method not in METHODS:
-        fix = f"Nearest: {nearest(str(method), METHODS)}."
-        raise bad_value(name, method, f"one of {', '.join(METHODS)}", fix)
-    return method
 
 
 def _percentile(x: np.ndarray) -> Range:
@@ -262,7 +252,7 @@ def weights_threshold(
     channel_axes: int | tuple[int, ...] | None,
     num_bits: int,
     method: QuantizationMethod | str,
-    min_threshold: float = DEFAULT_MIN_THRESHOLD,
+    min_threshold: float = 0.0,
 ) -> np.ndarray:
     """The threshold of each channel whose grid has the least mean squared error.
 
@@ -275,7 +265,8 @@ def weights_threshold(
         channel_axes: the kept axes, ascending; None for one threshold.
         num_bits: width of the codes.
         method: `SYMMETRIC` or `POWER_OF_TWO`, or its name.
-        min_threshold: floor under the thresholds, for channels that are all zero.
+        min_threshold: floor under the thresholds; with 0 they are as small as the channel, down to
+            a step of 2**-126, and 1 for one of zeros.
 
     Returns:
         float32 array with one dimension for each kept axis.
@@ -307,17 +298,20 @@ def weights_threshold(
     per_block = max(1, _BLOCK // rows.shape[1])
     blocks = [rows[i : i + per_block] for i in range(0, len(rows), per_block)]
     found = np.concatenate([_thresholds(block, num_bits, method) for block in blocks])
-    floor = np.float32(min_threshold)
+    floor = np.float32(max(min_threshold, 2.0 ** (num_bits - 127)))
     if method is QuantizationMethod.POWER_OF_TWO:
         floor = ranges.next_power_of_two(floor, np)
-    return np.maximum(found, floor).reshape(shape)
+    found = np.maximum(found, floor)
+    if not min_threshold:
+        found[np.abs(rows).max(axis=1) < np.float32(SMALLEST_SCALE)] = 1
+    return found.reshape(shape)
 
 
 def _thresholds(rows: np.ndarray, num_bits: int, method: QuantizationMethod) -> np.ndarray:
     """One threshold for each row."""
     half = np.float32(2 ** (num_bits - 1))
     top = np.max(np.abs(rows), axis=1)
-    unit = ranges.next_power_of_two(top, np)
+    unit = np.minimum(ranges.next_power_of_two(top, np), np.float32(2.0**127))
     x = rows / unit[:, None]
     widest = top / unit * (half / (half - 1))
     if method is QuantizationMethod.POWER_OF_TWO:
@@ -333,7 +327,8 @@ def _thresholds(rows: np.ndarray, num_bits: int, method: QuantizationMethod) -> 
             new = _row_errors(x, threshold, half)
             best = np.where(new < error, threshold, best)
             error = np.minimum(new, error)
-    return best * unit
+    with np.errstate(over="ignore"):
+        return best * unit
 
 
 def _row_errors(x: np.ndarray, threshold: np.ndarray, half: np.float32) -> np.ndarray:

@@ -17,6 +17,7 @@ Axes = tuple[int, ...] | None
 
 _POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
 _SMALLEST_NORMAL = np.float32(2.0**-126)
+"""Floor under every step: smaller numbers are subnormal, and some backends take them for zero."""
 
 
 def symmetric_scale(threshold: Tensor, num_bits: int, signed: bool) -> Tensor:
@@ -52,11 +53,15 @@ def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
 def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold: float) -> Tensor:
     """Threshold whose narrow signed grid ends exactly at the largest magnitude.
 
-    `t = max(max|w|, min_threshold) * float32(1 / (2**(b-1) - 1)) * 2**(b-1)`
+    `t = s * 2**(b-1)` with `s = max(|w|, min_threshold) * float32(1 / (2**(b-1) - 1))`, at least
+    2**-126; 1 for zeros without a `min_threshold`.
     """
-    largest = ops.maximum(largest_magnitude(weight, axes), np.float32(min_threshold))
-    highest = 2 ** (num_bits - 1) - 1
-    return largest * np.float32(1 / highest) * np.float32(2.0 ** (num_bits - 1))
+    largest = largest_magnitude(weight, axes)
+    floored = ops.maximum(largest, np.float32(min_threshold))
+    threshold = _top_threshold(floored, num_bits - 1, ops)
+    if min_threshold:
+        return threshold
+    return ops.where(largest < _SMALLEST_NORMAL, np.float32(1), threshold)
 
 
 def power_of_two_threshold(
@@ -75,16 +80,32 @@ def next_power_of_two(wanted: Tensor, xp: Any) -> Tensor:
     return xp.min(xp.where(enough, _POWERS_OF_TWO, np.float32(np.inf)), axis=-1)
 
 
-def uniform_range(weight: Tensor, axes: Axes, min_threshold: float) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value over `axes`, widened to hold zero and to `min_threshold`."""
-    low = ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0))
-    high = ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0))
-    return low, widened_end(low, high, min_threshold, ops)
+def uniform_range(
+    weight: Tensor, axes: Axes, num_bits: int, min_threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value over `axes`, widened to hold zero and enough for a uniform grid.
+
+    0 to 1 for zeros without a `min_threshold`.
+    """
+    low = _normal(ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0)), ops)
+    high = _normal(ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0)), ops)
+    if not min_threshold:
+        high = ops.where(ops.maximum(high, -low) == 0, np.float32(1), high)
+    return low, widened_end(low, high, num_bits, min_threshold, ops)
 
 
-def widened_end(low: Tensor, high: Tensor, min_threshold: float, xp: Any) -> Tensor:
-    """The upper end of a range that is at least `min_threshold` wide."""
-    return xp.maximum(high, low + np.float32(min_threshold))
+def _normal(x: Tensor, xp: Any) -> Tensor:
+    """`x`, with zero for subnormal numbers."""
+    return xp.where(xp.abs(x) < _SMALLEST_NORMAL, np.float32(0), x)
+
+
+def widened_end(low: Tensor, high: Tensor, num_bits: int, min_threshold: float, xp: Any) -> Tensor:
+    """The upper end of a range that is at least `min_threshold`, and 2**b steps of 2**-126, wide.
+
+    It is never subnormal if `high` is not.
+    """
+    least = np.float32(max(min_threshold, 2.0 ** (num_bits - 126)))
+    return xp.where(high - low < least, xp.maximum(low + least, _SMALLEST_NORMAL), high)
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +124,29 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     return ops.view(lowest, dtype="float32"), ops.view(highest, dtype="float32")
 
 
-def has_range(low: Tensor, high: Tensor, xp: Any) -> Tensor:
-    """Whether a range that holds zero is any wider; subnormal numbers count as zero."""
+def to_store(low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
+    """The range of numbers that were seen, as it is stored; numbers up to 2**-126 count as zero.
+
+    Zeros alone have the range 0 to 2**-126, which no others have; two zeros stand for nothing seen.
+    """
+    low = xp.where(low < -_SMALLEST_NORMAL, low, np.float32(0))
+    high = xp.where(high > _SMALLEST_NORMAL, high, np.float32(0))
+    return low, xp.where(low < 0, high, xp.maximum(high, _SMALLEST_NORMAL))
+
+
+def was_seen(low: Tensor, high: Tensor, xp: Any) -> Tensor:
+    """Whether a stored range stands for any numbers, be they zeros alone."""
     return xp.maximum(high, -low) >= _SMALLEST_NORMAL
+
+
+def has_range(low: Tensor, high: Tensor, xp: Any) -> Tensor:
+    """Whether a stored range stands for any numbers but zeros."""
+    return xp.maximum(high, -low) > _SMALLEST_NORMAL
+
+
+def stored_end(low: Tensor, high: Tensor, min_threshold: float, xp: Any) -> Tensor:
+    """The upper end of a stored range; for zeros alone `min_threshold`, or 1 without one."""
+    return xp.where(has_range(low, high, xp), high, np.float32(min_threshold or 1))
 
 
 def covering_threshold(
@@ -114,17 +155,19 @@ def covering_threshold(
     """Threshold of a symmetric grid that clips nothing from `low <= 0` to `high >= 0`.
 
     Signed where `low < 0`: `t = max(-low, high * float32(1 / (2**(b-1) - 1)) * 2**(b-1))`, else
-    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`.
+    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`, and enough for
+    a step of 2**-126.
 
     Returns:
         The threshold, and whether the grid is signed.
     """
     signed = low <= -_SMALLEST_NORMAL
-    above = _top_threshold(high, num_bits)
-    both = xp.maximum(-low, _top_threshold(high, num_bits - 1))
+    above = _top_threshold(high, num_bits, xp)
+    both = xp.maximum(-low, _top_threshold(high, num_bits - 1, xp))
     return xp.maximum(xp.where(signed, both, above), np.float32(min_threshold)), signed
 
 
-def _top_threshold(high: Tensor, num_bits: int) -> Tensor:
+def _top_threshold(high: Tensor, num_bits: int, xp: Any) -> Tensor:
     """Threshold of the grid whose highest code, `2**num_bits - 1`, is worth `high`."""
-    return high * np.float32(1 / (2**num_bits - 1)) * np.float32(2.0**num_bits)
+    step = xp.maximum(high * np.float32(1 / (2**num_bits - 1)), _SMALLEST_NORMAL)
+    return step * np.float32(2.0**num_bits)

@@ -9,6 +9,7 @@ from keras_qwrap.errors import bad_type, bad_value, nearest
 from keras_qwrap.grids import check_num_bits
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import (
+    RANGE_METHODS,
     QuantizationMethod,
     TrainableQuantizerActivationConfig,
     TrainableQuantizerWeightsConfig,
@@ -27,7 +28,6 @@ _ACTIVATIONS = {
     "symmetric": (MovingAverageActivationQATQuantizer, QuantizationMethod.SYMMETRIC),
     "power_of_two": (MovingAverageActivationQATQuantizer, QuantizationMethod.POWER_OF_TWO),
 }
-_ACTIVATION_RANGES = ("mse", "minmax", "moving_average", "percentile", "entropy")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
@@ -128,8 +128,8 @@ class ActivationSpec(Declared):
     Args:
         num_bits: width of the codes, 2 to 16.
         method: "uniform", "symmetric" or "power_of_two"; or the `QuantizationMethod`.
-        range: how calibration finds the range: "mse", "minmax", "moving_average", "percentile" or
-            "entropy".
+        range: how calibration finds the range, now and later: "mse", "minmax", "moving_average",
+            "percentile" or "entropy".
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of its bounds.
@@ -150,7 +150,7 @@ class ActivationSpec(Declared):
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bits", check_num_bits(self.num_bits))
         object.__setattr__(self, "method", _method_name(self.method, _ACTIVATIONS))
-        check_choice("range", self.range, _ACTIVATION_RANGES)
+        check_choice("range", self.range, RANGE_METHODS)
 
 
 def weights_quantizer(
@@ -210,4 +210,5 @@ def activation_quantizer(spec: ActivationSpec) -> BaseKerasTrainableQuantizer:
     ```
     """
     cls, method = _ACTIVATIONS[str(spec.method)]
-    return cls(TrainableQuantizerActivationConfig(method, spec.num_bits))
+    config = TrainableQuantizerActivationConfig(method, spec.num_bits)
+    return cls(config, range_method=spec.range)

@@ -10,13 +10,12 @@ from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuan
 
 M = qi.QuantizationMethod
 METHODS = [M.UNIFORM, M.SYMMETRIC, M.POWER_OF_TWO]
-FLOOR = 2.0**-16
 BATCHES = [[0.5, 2.0], [-1.0, 0.25], [3.0, 4.5], [-0.125, -0.5]]
 
 
-def make(method=M.UNIFORM, bits=8, params=None, momentum=0.9, **options):
+def make(method=M.UNIFORM, bits=8, params=None, momentum=0.9, range_method="mse", **options):
     config = qi.TrainableQuantizerActivationConfig(method, bits, params or {}, **options)
-    return MovingAverageActivationQATQuantizer(config, momentum)
+    return MovingAverageActivationQATQuantizer(config, momentum, range_method)
 
 
 def hold(quantizer, shape=(None,)):

@@ -8,9 +8,10 @@ from reference import refused, to_numpy
 
 import keras_qwrap as qi
 from keras_qwrap import calibration
-from keras_qwrap.calibration import calibrate, calibrate_each
+from keras_qwrap.calibration import calibrate
+from keras_qwrap.quantizers.config import RANGE_METHODS
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.range_search import METHODS, find_range
+from keras_qwrap.range_search import find_range
 
 UNIFORM, SYMMETRIC, POT = (
     qi.QuantizationMethod[name] for name in ("UNIFORM", "SYMMETRIC", "POWER_OF_TWO")
@@ -84,7 +85,7 @@ def test_min_max_is_that_of_the_float_activations(batch_size, random):
     assert found["input"] == ends(x)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGE_METHODS)
 @pytest.mark.parametrize("grid", [UNIFORM, SYMMETRIC, POT])
 def test_range_is_what_the_search_finds_in_all_values(method, grid, random):
     """While they are fewer than the sample."""
@@ -119,6 +120,70 @@ def test_default_is_mse_and_a_mapping_chooses_by_name(random):
     assert mixed["input"] == every["minmax"]["input"]
     assert mixed["hidden"] == every["mse"]["hidden"]
     assert mixed["output"] == every["percentile"]["output"] != every["minmax"]["output"]
+
+
+@pytest.fixture
+def heavy(random):
+    """Numbers for which every method finds another range."""
+    x = floats(random, 512, 3)
+    return x * np.abs(x)
+
+
+def own_methods():
+    """Wrappers, an input and a layer of a nested model, by rule."""
+    inputs = keras.Input((3,), name="inputs")
+    nested = keras.Sequential([keras.Input((3,)), layers.Dense(3, name="inner")], name="nested")
+    x = nested(layers.Dense(3, name="first")(inputs))
+    squares = layers.Multiply(name="squares")([x, x])
+    model = keras.Model(inputs, layers.Dense(2, name="last")(squares))
+    minmax = qi.ActivationSpec(3, range="minmax")
+    rules = [qi.Rule(name="first", activations=qi.ActivationSpec(3, range="percentile"))]
+    return qi.quantize_model(model, qi.Recipe(activations=minmax, rules=rules))
+
+
+def saved_and_reloaded(model, ending, path):
+    path = path / f"model.{ending}"
+    if ending == "weights.h5":
+        model.save_weights(path)
+        new = keras.models.clone_model(model)
+        new.load_weights(path)
+        return new
+    qi.save_quantized_model(model, path)
+    return qi.keras_load_quantized_model(path, compile=False)
+
+
+@pytest.mark.parametrize(
+    "ending", ["keras", *(pytest.param(e, marks=pytest.mark.slow) for e in ("h5", "weights.h5"))]
+)
+def test_the_method_of_a_recipe_stays_with_its_quantizers(ending, heavy, tmp_path):
+    """Later calibrations, also of reloaded models, find what the recipe's method finds."""
+    model = own_methods()
+    every = {m: calibrate(model, heavy, m, verbose=0) for m in ("minmax", "percentile", "mse")}
+    assert all(every["mse"][name] != every["minmax"][name] for name in every["mse"])
+    chosen = {name: "percentile" if name == "first" else "minmax" for name in every["mse"]}
+    for each in (model, saved_and_reloaded(model, ending, tmp_path)):
+        found = calibrate(each, heavy, verbose=0)
+        assert found == {name: every[method][name] for name, method in chosen.items()}
+        found = calibrate(each, heavy, {"inner": "mse"}, verbose=0)
+        assert found == {n: every["mse" if n == "inner" else m][n] for n, m in chosen.items()}
+
+
+def test_the_method_of_a_recipe_stays_with_a_model_without_graph(heavy):
+    class Net(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    model = Net()
+    model(heavy)
+    recipe = qi.Recipe(activations=qi.ActivationSpec(3, range="minmax"))
+    quantized = qi.quantize_model(model, recipe, heavy, verbose=0)
+    first = calibrate(quantized, heavy, verbose=0)
+    assert first == calibrate(quantized, heavy, "minmax", verbose=0)
+    assert first != calibrate(quantized, heavy, "mse", verbose=0)
 
 
 def test_nothing_but_the_ranges_changes(random):
@@ -203,11 +268,8 @@ def test_layers_with_one_name_in_nested_models_are_all_set(random):
         assert found[name] == quantizer.range
         np.testing.assert_allclose(quantizer.range, ends(ranged[name[:2]] * x.sum(1)), rtol=1e-5)
     other = calibrate(model, x, {"e": "moving_average"}, 5, verbose=0)
-    chosen = {id(quantizers["e2/e"]): "moving_average"}
-    mixed = calibrate_each(model, x, lambda q: chosen.get(id(q), "minmax"), 5, verbose=0)
-    assert mixed["e1/e"] == found["e1/e"] != other["e1/e"]
-    assert mixed["e2/e"] == other["e2/e"] != found["e2/e"]
-    refused(ValueError, lambda: calibrate_each(model, x, lambda q: "max"), "entropy", "method of '")
+    assert all(other[name] != found[name] for name in quantizers)
+    refused(ValueError, lambda: calibrate(model, x, {"e": "max"}), "entropy", "method of 'e'")
 
 
 def test_names_that_stay_alike_are_numbered():
@@ -296,11 +358,11 @@ def test_wide_but_honest_ranges_are_kept(random):
 
 
 @pytest.mark.parametrize("method", ["minmax", "mse", "entropy"])
-@pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
+@pytest.mark.parametrize("value", [0.0, -0.0, 2.5, -3.0])
 def test_a_constant_activation_gets_a_usable_range_and_a_warning(method, value):
     x = np.full((20, 3), value, "float32")
     model = just_holder()
-    with pytest.warns(UserWarning, match=f"'only' is always {value:g}"):
+    with pytest.warns(UserWarning, match=f"'only' is always {value + 0.0:g};"):
         low, high = calibrate(model, x, method, verbose=0)["only"]
     assert low <= value <= high
     assert low < high

@@ -351,8 +351,8 @@ def test_the_format_version_is_checked(kind, ending, tmp_path):
     model.save(path)
     edit_config(path, lambda config: config.update(format_version=config["format_version"]))
     assert qi.keras_load_quantized_model(path, compile=False).built
-    edit_config(path, lambda config: config.update(format_version=2))
-    with pytest.raises(ValueError, match=r"format_version: received 2 .*upgrade the package"):
+    edit_config(path, lambda config: config.update(format_version=3))
+    with pytest.raises(ValueError, match=r"format_version: received 3 .*upgrade the package"):
         qi.keras_load_quantized_model(path, compile=False)
     for garbage in (None, 0, -1, True, 1.0, "1", [], {}):
         edit_config(path, lambda config, value=garbage: config.update(format_version=value))

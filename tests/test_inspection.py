@@ -72,7 +72,7 @@ def test_every_weight_is_found_with_its_codes(ending, tmp_path):
     paths = [layer.path for layer in found.layers if layer.class_name == Wrapper.__name__]
     assert paths.count("left/deep_left/same") == paths.count("right/deep_right/same") == 1
     assert all(layer.converted for layer in found.layers if layer.inner_class)
-    assert {layer.format_version for layer in found.layers} == {1}
+    assert {layer.format_version for layer in found.layers} == {2}
     assert found.bytes == Path(path).stat().st_size > found.stored_bytes
     assert found.keras_version == keras.__version__
     assert len(found.digest) == 64

@@ -142,15 +142,117 @@ def test_a_first_batch_of_nan_sets_no_range():
     assert quantizer.range == (0.0, 3.0)
 
 
-@pytest.mark.parametrize("x", [[0.0, 0.0], [-0.0, -0.0], [1e-40, -1e-40]])
-def test_a_batch_of_zeros_sets_no_range(x):
-    """Subnormal numbers count as zero, on every backend."""
-    quantizer = make(M.SYMMETRIC)
+ZEROS = [[0.0, 0.0], [-0.0, -0.0], [1e-40, -1e-40]]
+"""Subnormal numbers count as zero, on every backend."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("x", ZEROS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_zeros_alone_have_the_range_to_one_until_there_are_others(method, x, frozen):
+    quantizer = make(method)
     holder = hold(quantizer)
-    same(holder(f32(x), training=True), f32(x))
-    assert quantizer.range is None
+    quantizer.quantizer_parameters["frozen"].assign(frozen)
+    for _ in range(2):
+        same(holder(f32(x), training=True), f32([0.0, 0.0]))
+        assert quantizer.range == (0.0, 1.0)
+    others = f32([-3.0, 0.0, 0.3, 0.7, 2.0])
+    same(holder(others), quantized(others, 0.0, 1.0, method, 8))
+    same(holder.convert_to_inferable_quantizers()(others), to_numpy(holder(others)))
     holder(f32([-1.0, 3.0]), training=True)
     assert quantizer.range == (-1.0, 3.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_alone_have_the_floor_where_there_is_one(method):
+    quantizer = make(method, min_threshold=0.25)
+    holder = hold(quantizer)
+    holder(f32([0.0]), training=True)
+    assert quantizer.range == (0.0, 0.25)
+    x = f32([-1.0, 0.1, 0.2, 3.0])
+    same(holder(x), quantized(x, 0.0, 0.25, method, 8))
+    same(holder.convert_to_inferable_quantizers()(x), to_numpy(holder(x)))
+
+
+def test_a_range_that_fades_away_is_that_of_zeros():
+    """As where an activation dies in training."""
+    quantizer = make(momentum=0.25)
+    holder = hold(quantizer)
+    holder(f32([-1.0, 2.0]), training=True)
+    for _ in range(70):
+        holder(f32([0.0]), training=True)
+        assert quantizer.range is not None
+    assert quantizer.range == (0.0, 1.0)
+    holder(f32([5.0]), training=True)
+    assert quantizer.range == (0.0, 5.0)
+
+
+def test_a_calibrated_range_of_zeros_is_set_by_training():
+    quantizer = make()
+    holder = hold(quantizer)
+    quantizer.set_range(0.0, 0.0)
+    assert (quantizer.range, state(quantizer, "steps")) == ((0.0, 1.0), 0)
+    holder(f32([0.0]), training=True)
+    assert quantizer.range == (0.0, 1.0)
+    holder(f32([-1.0, 3.0]), training=True)
+    assert quantizer.range == (-1.0, 3.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("bits", "power"), [(2, -24), (8, -30), (16, -100)])
+def test_tiny_activations_are_quantized_as_large_ones(method, bits, power, random):
+    """By powers of two everything scales exactly."""
+    x, unit = f32(random.normal(size=200)), np.float32(2.0**power)
+    upstream = f32(random.normal(size=200))
+    quantizer, other = make(method, bits), make(method, bits)
+    holder, small = hold(quantizer), hold(other)
+    expected = to_numpy(holder(x, training=True)) * unit
+    same(small(x * unit, training=True), expected)
+    assert other.range == tuple(end * float(unit) for end in quantizer.range)
+    same(small(x * unit * 2), to_numpy(holder(x * 2)) * unit)
+    same(small.convert_to_inferable_quantizers()(x * unit), expected)
+    clipped = gradient(holder, x * 2, upstream)
+    same(gradient(small, x * unit * 2, upstream), clipped)
+
+
+def ends_near_the_smallest(random):
+    """Ranges whose steps would be subnormal numbers, or just are not."""
+    exponents = random.uniform(-126, -105, size=(40, 2))
+    kept = random.choice([0.0, 1.0], p=[0.2, 0.8], size=(40, 2))
+    return f32([-1.0, 1.0]) * f32(2.0**exponents * kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_no_step_is_subnormal(method, bits, random):
+    """Trained and converted, codes and values are the same."""
+    quantizer = make(method, bits)
+    holder = hold(quantizer)
+    for ends in ends_near_the_smallest(random)[:: 1 if bits == 8 else 4]:
+        quantizer.set_range(*ends)
+        assert quantizer.range is not None
+        assert quantizer.scale >= 2.0**-126
+        x = f32(random.normal(size=9)) * np.abs(ends).max()
+        expected = to_numpy(holder(x))
+        same(holder.convert_to_inferable_quantizers()(x), expected)
+        same(quantizer.dequantize(quantizer.quantize_to_codes(x)), expected)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_near_the_smallest_are_the_same_in_every_mode(method, random):
+    import tensorflow as tf
+
+    quantizer = make(method, 8)
+    holder = hold(quantizer)
+    modes = [holder, tf.function(lambda x: holder(x))]
+    modes.append(tf.function(lambda x: holder(x), jit_compile=True))
+    for ends in ends_near_the_smallest(random):
+        quantizer.set_range(*ends)
+        x = tf.constant(f32(random.normal(size=9)) * np.abs(ends).max())
+        expected = quantizer.dequantize(quantizer.quantize_to_codes(x))
+        for mode in modes:
+            same(mode(x), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

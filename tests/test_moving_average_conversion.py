@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from moving_average_cases import FLOOR, METHODS, M, f32, hold, holding, make, moving_ranges, state
+from moving_average_cases import METHODS, M, f32, hold, holding, make, moving_ranges, state
 from reference import MODERATE, arrays, dtype_of, refused, same, to_numpy
 
 import keras_qwrap as qi
@@ -101,12 +101,16 @@ def test_variables():
 
 def test_config():
     params = {"range_min": -1.0, "range_max": 2.0}
-    quantizer = make(M.SYMMETRIC, 5, params, momentum=0.25, min_threshold=0.125)
+    options = {"momentum": 0.25, "range_method": "percentile", "min_threshold": 0.125}
+    quantizer = make(M.SYMMETRIC, 5, params, **options)
     again = MovingAverageActivationQATQuantizer.from_config(
         json.loads(json.dumps(quantizer.get_config()))
     )
     assert again.get_config() == quantizer.get_config()
-    assert again.momentum == 0.25
+    assert (again.momentum, again.range_method) == (0.25, "percentile")
+    old = quantizer.get_config()
+    del old["range_method"]
+    assert MovingAverageActivationQATQuantizer.from_config(old).range_method == "mse"
     assert again.quantization_config == quantizer.quantization_config
     assert type(np.float32(0.5).item()) is type(make(momentum=np.float32(0.5)).momentum)
     config = qi.TrainableQuantizerActivationConfig(M.UNIFORM)
@@ -116,6 +120,11 @@ def test_config():
 @pytest.mark.parametrize("momentum", [1.0, -0.1, 1.5, float("nan")])
 def test_momentum_out_of_bounds(momentum):
     refused(ValueError, lambda: make(momentum=momentum), "momentum", "from 0 to below 1")
+
+
+@pytest.mark.parametrize("method", ["max", None, 1, "MSE"])
+def test_an_unknown_range_method(method):
+    refused(ValueError, lambda: make(range_method=method), "range_method", "percentile", "entropy")
 
 
 @pytest.mark.parametrize("momentum", ["0.9", None, True])
@@ -132,7 +141,7 @@ def test_momentum_of_another_type(momentum):
         ({"range_min": -1.0, "range_max": 1.0, "x": 1}, ValueError, "'x'"),
         ({"range_min": 1.0, "range_max": 1.0}, ValueError, "min_range"),
         ({"range_min": 2.0, "range_max": 1.0}, ValueError, "min_range"),
-        ({"range_min": 0.0, "range_max": FLOOR / 2}, ValueError, "min_threshold"),
+        ({"range_min": 0.0, "range_max": 2.0**-17}, ValueError, "min_threshold"),
         ({"range_min": [-1.0, -2.0], "range_max": [1.0, 2.0]}, ValueError, "one number"),
         ({"range_min": -1.0, "range_max": "one"}, TypeError, "max_range"),
         ({"range_min": -1.0, "range_max": float("nan")}, ValueError, "max_range"),
@@ -140,7 +149,7 @@ def test_momentum_of_another_type(momentum):
     ],
 )
 def test_params_that_are_refused(params, error, fragment):
-    refused(error, lambda: make(params=params), fragment)
+    refused(error, lambda: make(params=params, min_threshold=2.0**-16), fragment)
 
 
 def test_configs_of_another_kind():
@@ -189,3 +198,113 @@ def test_a_disabled_one_passes_everything():
     x = f32([-9.3, 2.2])
     same(holder(x, training=True), x)
     assert not holder.variables
+
+
+def dead_model(kind):
+    """Activations that are always zero."""
+    dead = keras.layers.Dense(4, activation="relu", bias_initializer="lecun_uniform", name="dead")
+    live = keras.layers.Dense(2, name="live")
+    inputs = keras.Input((3,), name="inputs")
+    if kind == "graph":
+        zeros = dead(inputs)
+        model = keras.Model(inputs, live(keras.layers.Multiply()([zeros, zeros])))
+    else:
+        model = Dead(dead, live)
+        model(keras.ops.zeros((1, 3)))
+    dead.bias.assign([-1e3] * 4)
+    live.bias.assign([0.5, -0.5])
+    return model
+
+
+class Dead(keras.Model):
+    def __init__(self, dead, live, **kwargs):
+        super().__init__(**kwargs)
+        self.dead, self.live = dead, live
+
+    def call(self, inputs):
+        return self.live(self.dead(inputs))
+
+    def get_config(self):
+        config = {name: keras.saving.serialize_keras_object(getattr(self, name)) for name in PARTS}
+        return super().get_config() | config
+
+    @classmethod
+    def from_config(cls, config):
+        made = {name: keras.saving.deserialize_keras_object(config.pop(name)) for name in PARTS}
+        return cls(**made, **config)
+
+
+PARTS = ("dead", "live")
+keras.saving.register_keras_serializable("test_moving_average_conversion")(Dead)
+
+
+def dead_quantizer(model):
+    if isinstance(model, qi.QuantizedModel):
+        return model.activation_quantizers["dead"][0]
+    return model.get_layer("dead").activation_quantizers[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        ("graph", "keras"),
+        pytest.param("graph", "h5", marks=pytest.mark.slow),
+        pytest.param("graph", "weights.h5", marks=pytest.mark.slow),
+        pytest.param("subclassed", "keras", marks=pytest.mark.slow),
+        pytest.param("subclassed", "weights.h5", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("how", ["calibrated", "trained"])
+def test_a_dead_activation_converts_and_is_saved(how, kind, ending, random, tmp_path):
+    x = f32(random.normal(size=(8, 3)))
+    model = qi.quantize_model(dead_model(kind), "w8a8")
+    refused(ValueError, lambda: qi.convert_to_inferable(model), "range", "calibrate")
+    if how == "trained":
+        model.compile("sgd", keras.losses.MeanSquaredError())
+        model.fit(x, np.zeros((8, 2)), verbose=0)
+    else:
+        with pytest.warns(UserWarning, match="'.*' is always 0;"):
+            found = qi.calibrate(model, x, verbose=0)
+        assert list(found.values()).count((0.0, 1.0)) == (2 if kind == "graph" else 1)
+    expected = to_numpy(model(x))
+    assert np.any(expected)
+    path = tmp_path / f"model.{ending}"
+    if ending == "weights.h5":
+        model.save_weights(path)
+        reloaded = qi.quantize_model(dead_model(kind), "w8a8")
+        reloaded.load_weights(path)
+    else:
+        qi.save_quantized_model(model, path)
+        reloaded = qi.keras_load_quantized_model(path, compile=False)
+    for each in (model, reloaded):
+        assert dead_quantizer(each).range == (0.0, 1.0)
+        converted = qi.convert_to_inferable(each)
+        for same_one in (each, converted, qi.convert_to_inferable(converted)):
+            same(same_one(x), expected)
+        twin = dead_quantizer(each).convert2inferable()
+        assert twin.get_config() == {"num_bits": 8, "min_range": 0.0, "max_range": 1.0}
+    qi.save_quantized_model(converted, tmp_path / "converted.keras")
+    same(qi.keras_load_quantized_model(tmp_path / "converted.keras")(x), expected)
+    dead_quantizer(reloaded)(f32([[-0.5, 2.5]]), training=True)
+    assert dead_quantizer(reloaded).range == (-0.5, 2.5)
+
+
+@pytest.mark.parametrize("unit", [2.0**-30, 2.0**-100])
+@pytest.mark.parametrize("range_method", ["mse", "minmax", "percentile"])
+def test_a_model_of_tiny_numbers_is_quantized_as_a_large_one(unit, range_method, random, tmp_path):
+    """Weights and inputs; from calibration to the reloaded file. By powers of two all is exact."""
+    x = f32(random.normal(size=(64, 5)))
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(4, use_bias=False)])
+    activations = qi.ActivationSpec(range=range_method)
+    recipe = qi.Recipe(qi.WeightsSpec(4, range="mse"), activations)
+    expected = to_numpy(qi.quantize_model(model, recipe, x, verbose=0)(x))
+    small = f32(unit)
+    halves = np.sqrt(small) if range_method == "mse" else small
+    model.set_weights([model.get_weights()[0] * np.float32(halves)])
+    inputs = x * np.float32(small / halves)
+    quantized = qi.quantize_model(model, recipe, inputs, verbose=0)
+    same(quantized(inputs), expected * small)
+    converted = qi.convert_to_inferable(quantized)
+    qi.save_quantized_model(converted, tmp_path / "model.keras")
+    for each in (converted, qi.keras_load_quantized_model(tmp_path / "model.keras")):
+        same(each(inputs), expected * small)

@@ -9,8 +9,9 @@ from keras import layers, ops
 from reference import refused, to_numpy
 
 import keras_qwrap as qi
+from keras_qwrap.quantizers.config import RANGE_METHODS
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.range_search import METHODS, find_range, weights_threshold
+from keras_qwrap.range_search import find_range, weights_threshold
 
 UNIFORM, SYMMETRIC, POT = (
     qi.QuantizationMethod[name] for name in ("UNIFORM", "SYMMETRIC", "POWER_OF_TWO")
@@ -43,7 +44,7 @@ def ends(x):
 
 
 @FEW
-@given(SAMPLES, st.sampled_from(METHODS), st.integers(2, 16), st.sampled_from(GRIDS))
+@given(SAMPLES, st.sampled_from(RANGE_METHODS), st.integers(2, 16), st.sampled_from(GRIDS))
 def test_range_holds_zero_and_lies_within_what_was_seen(x, method, bits, grid):
     low, high = find_range(x, x.min(), x.max(), method, bits, grid)
     assert type(low) is float
@@ -127,7 +128,7 @@ def test_min_max_needs_no_samples():
         assert find_range([], -1.5, 3, method, 8, UNIFORM) == (-1.5, 3.0)
         assert find_range([2.0], 2, 3, method, 8, UNIFORM) == (0.0, 3.0)
         assert find_range([-2.0], -3, -2, method, 8, UNIFORM) == (-3.0, 0.0)
-    for method in METHODS:
+    for method in RANGE_METHODS:
         assert find_range([0.0, 0.0], 0, 0, method, 8, SYMMETRIC) == (0.0, 0.0)
         assert find_range([], -1, 2, method, 8, POT) == (-1.0, 2.0)
 
@@ -250,11 +251,26 @@ def test_weight_thresholds_fit_the_quantizer(random):
 
 @pytest.mark.parametrize("method", [SYMMETRIC, POT])
 def test_dead_channels_have_the_floor(method):
-    weight = np.float32([[0, 1, 2.0**-60], [0, -2, 0]])
+    """Or one, without a floor; tiny ones are none of them."""
+    weight = np.float32([[0, 1, 2.0**-60, 1e-40, 2.0**-126], [0, -2, 0, 0, 0]])
     found = weights_threshold(weight, -1, 8, method)
-    assert found[0] == found[2] == 2.0**-16
+    assert found[0] == found[3] == 1
+    assert 2.0**-60 <= found[2] <= 2.0**-59
+    assert found[4] == 2.0**-119, "a step of 2**-126"
+    floored = weights_threshold(weight, -1, 8, method, 2.0**-16)
+    assert np.all(floored[[0, 2, 3, 4]] == 2.0**-16)
     assert weights_threshold(weight, -1, 8, method, 0.3)[0] == (0.5 if method is POT else 0.3)
-    assert np.all(weights_threshold(weight * np.float32(2.0**100), -1, 8, method)[1:] > 2.0**30)
+    assert np.all(weights_threshold(weight * np.float32(2.0**100), -1, 8, method)[1:3] > 2.0**30)
+
+
+@pytest.mark.parametrize("method", [SYMMETRIC, POT])
+@pytest.mark.parametrize("axis", [-1, None])
+def test_tiny_weights_are_searched_as_large_ones(method, axis, random):
+    weight = random.normal(size=(200, 5)).astype("float32") * np.float32(2.0 ** np.arange(5))
+    expected = weights_threshold(weight, axis, 4, method)
+    for unit in (2.0**-30, 2.0**-100):
+        found = weights_threshold(weight * np.float32(unit), axis, 4, method)
+        np.testing.assert_array_equal(found, expected * np.float32(unit))
 
 
 def test_grids_may_be_given_by_name():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from keras import ops
 from reference import (
@@ -27,6 +27,7 @@ SYMMETRIC, POT, UNIFORM = (
 FLOOR = 2.0**-16
 BITS = st.integers(2, 16)
 WEIGHTS = arrays(st.floats(-1e4, 1e4, width=32, allow_subnormal=False))
+SMALLEST = 2.0**-126
 
 
 def hosted(method, bits, weight, axis=-1, per_channel=True, **params):
@@ -48,9 +49,11 @@ def largest(weight, kept):
     return np.max(np.abs(weight), axis=reduced, keepdims=True)
 
 
-def symmetric_step(weight, kept, bits, floor=FLOOR):
-    top = np.maximum(largest(weight, kept), np.float32(floor))
-    return top * np.float32(1 / (2 ** (bits - 1) - 1))
+def symmetric_step(weight, kept, bits):
+    """Its floor is 2**-126; a channel of zeros has the threshold 1."""
+    top = largest(weight, kept)
+    step = np.maximum(top * np.float32(1 / (2 ** (bits - 1) - 1)), np.float32(SMALLEST))
+    return np.where(top < SMALLEST, np.float32(2.0 ** (1 - bits)), step)
 
 
 @FEWER
@@ -67,7 +70,7 @@ def test_symmetric_step_and_codes(weight, bits, data):
     same(quantizer(weight), integer_values(codes, step, 0))
     codes_given = layer.get_codes()["weight"][0]
     np.testing.assert_array_equal(codes_given, codes)
-    reached = largest(codes, kept)[largest(weight, kept) >= np.float32(FLOOR)]
+    reached = largest(codes, kept)[largest(weight, kept) * np.float32(1 / last) >= SMALLEST]
     assert np.all(reached == last)
 
 
@@ -113,7 +116,8 @@ def test_uniform_step_zero_point_and_codes(weight, bits, data):
     reduced = tuple(axis for axis in range(weight.ndim) if axis not in kept)
     low = np.minimum(weight.min(axis=reduced, keepdims=True), np.float32(0))
     high = np.maximum(weight.max(axis=reduced, keepdims=True), np.float32(0))
-    high = np.maximum(high, low + np.float32(FLOOR))
+    high = np.where(high == low, np.float32(1), high)
+    assume(np.all(high - low >= 2.0 ** (bits - 126)))
     step = (high - low) * np.float32(1 / (2**bits - 1))
     zero_point = np.rint(-low / step).astype(np.int32)
     quantizer, layer = hosted(UNIFORM, bits, weight, kept[0])
@@ -154,6 +158,68 @@ def test_min_threshold_is_a_floor_under_the_range(method, bits, floor):
     assert np.all(np.abs(y - weight) <= scale * 1.001)
 
 
+@pytest.mark.parametrize(("bits", "power"), [(2, -24), (8, -30), (16, -100)])
+@pytest.mark.parametrize("method", [SYMMETRIC, POT, UNIFORM])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_tiny_weights_are_quantized_as_large_ones(method, bits, per_channel, power, random):
+    """By powers of two everything scales exactly; also where one channel alone is tiny."""
+    weight, unit = random.normal(size=(6, 4)).astype("float32"), np.float32(2.0**power)
+    quantizer, layer = hosted(method, bits, weight, per_channel=per_channel)
+    expected, codes = to_numpy(quantizer(weight)), layer.get_codes()["weight"][0]
+    units = np.float32([unit, 1, unit, 1]) if per_channel else unit
+    small, layer = hosted(method, bits, weight * units, per_channel=per_channel)
+    same(small(weight * units), expected * units)
+    same(small.convert2inferable()(weight * units), expected * units)
+    np.testing.assert_array_equal(layer.get_codes()["weight"][0], codes)
+    upstream = random.normal(size=(6, 4)).astype("float32")
+    same(gradient(small, weight * units, upstream), upstream)
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("method", [SYMMETRIC, POT, UNIFORM])
+def test_a_channel_of_zeros_has_the_threshold_one(method, bits):
+    """As it has where its numbers are subnormal."""
+    weight = np.float32([[0, 1e-40, 2], [-0.0, -1e-40, -1]])
+    quantizer, layer = hosted(method, bits, weight)
+    config = quantizer.convert2inferable().get_config()
+    if method is UNIFORM:
+        assert (config["min_range"][:2], config["max_range"][:2]) == ([0, 0], [1, 1])
+    else:
+        assert config["threshold"][:2] == [1, 1]
+    assert np.all(to_numpy(quantizer(weight))[:, :2] == 0)
+    assert np.all(layer.get_codes()["weight"][0][:, :2] == 0)
+
+
+def near_the_smallest(random):
+    """Weights whose steps would be subnormal numbers, or just are not; zeros among them."""
+    weight = 2.0 ** random.uniform(-128, -105, size=300) * random.uniform(-1, 1, size=(4, 300))
+    return np.float32(weight * (random.random((4, 300)) < 0.7))
+
+
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("method", [SYMMETRIC, POT, UNIFORM])
+def test_no_step_is_subnormal(method, bits, random):
+    weight = near_the_smallest(random)
+    quantizer, layer = hosted(method, bits, weight)
+    expected = to_numpy(quantizer(weight))
+    assert np.all(quantizer.scale >= SMALLEST)
+    assert np.any(quantizer.scale < SMALLEST * 2.5)
+    same(quantizer.convert2inferable()(weight), expected)
+    codes, scale, zero_point = layer.get_codes()["weight"]
+    same(integer_values(codes, scale, zero_point), expected)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("bits", [2, 8, 16])
+@pytest.mark.parametrize("method", [SYMMETRIC, POT, UNIFORM])
+def test_steps_near_the_smallest_are_the_same_in_every_mode(method, bits, random):
+    weight = near_the_smallest(random)
+    quantizer, _ = hosted(method, bits, weight)
+    eager, graph, xla = in_every_mode(quantizer, weight)
+    same(graph, eager)
+    same(xla, eager)
+
+
 @pytest.mark.parametrize(("method", "bits"), [(SYMMETRIC, 8), (POT, 4), (UNIFORM, 8)])
 def test_gradient_is_upstream_itself(method, bits, random):
     """No part of it goes through the range, which depends on the weight as well."""
@@ -189,7 +255,7 @@ def test_every_mode_finds_the_same_range(bits, random):
         return ranges.power_of_two_threshold(w, (0,), bits, FLOOR)
 
     def uniform(w):
-        low, high = ranges.uniform_range(w, (0,), FLOOR)
+        low, high = ranges.uniform_range(w, (0,), bits, FLOOR)
         scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
         return ops.concatenate([low, high, scale, zero_point])
 

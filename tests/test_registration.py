@@ -137,6 +137,7 @@ ARGUMENTS = {
     "MovingAverageActivationQATQuantizer": {
         "quantization_config": activation_config(METHOD.SYMMETRIC, {}),
         "momentum": 0.25,
+        "range_method": "percentile",
     },
     "STEActivationQATQuantizer": {
         "quantization_config": activation_config(METHOD.SYMMETRIC, {"threshold": 0.3})

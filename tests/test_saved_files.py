@@ -78,7 +78,7 @@ def test_a_process_that_imports_only_the_package_loads_them():
 def test_files_of_a_newer_format_are_refused(ending, tmp_path):
     source = SAVED / qi.__version__ / f"converted{ending}"
     path = tmp_path / f"newer{ending}"
-    old, new = '"format_version": 1', '"format_version": 2'
+    old, new = '"format_version": 1', '"format_version": 3'
     if ending == ".h5":
         path.write_bytes(source.read_bytes()[512:])
         with h5py.File(path, "a") as file:
@@ -91,7 +91,7 @@ def test_files_of_a_newer_format_are_refused(ending, tmp_path):
                 copy.writestr(name, changed if name == "config.json" else text)
     for load in LOADERS:
         refused(ValueError, lambda load=load: load(path), "format_version", "newer", "upgrade")
-    assert {layer.format_version for layer in qi.inspect_file(path).layers} == {2}
+    assert {layer.format_version for layer in qi.inspect_file(path).layers} == {3}
 
 
 MCT = SAVED / "mct"

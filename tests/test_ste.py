@@ -215,24 +215,24 @@ BAD = [
     (ACT, M.SYMMETRIC, {"threshold": [1.0, 2.0]}, ["[1.0, 2.0]", "per tensor"]),
     (ACT_UNI, M.UNIFORM, {}, ["both range_min and range_max", "range_max"]),
     (ACT_UNI, M.UNIFORM, {"threshold": 1.0}, ["['threshold']", "range_min"]),
-    (SYM, M.SYMMETRIC, {"threshold": [1.0, 2.0**-17]}, ["threshold", "min_threshold"]),
+    (SYM, M.SYMMETRIC, {"threshold": [1.0, 2.0**-3]}, ["threshold", "min_threshold"]),
     (SYM, M.POWER_OF_TWO, {"threshold": [1.0, 3.0]}, ["3.0", "powers of two"]),
     (SYM, M.SYMMETRIC, {"threshold": [1.0, -3.0]}, ["-3.0", "positive"]),
     (SYM, M.SYMMETRIC, {"threshold": [np.nan]}, ["nan", "finite"]),
     (SYM, M.SYMMETRIC, {"threshold": []}, ["[]", "at least one"]),
     (SYM, M.SYMMETRIC, {"threshold": 1.0}, ["1.0", "1 dimension", "channel"]),
-    (UNI, M.UNIFORM, {"range_min": [0.0], "range_max": [2.0**-17]}, ["min_threshold"]),
+    (UNI, M.UNIFORM, {"range_min": [0.0], "range_max": [2.0**-3]}, ["min_threshold"]),
     (UNI, M.UNIFORM, {"range_min": [2.0], "range_max": [1.0]}, ["min_range", "below max_range"]),
     (UNI, M.UNIFORM, {"range_min": [0.0, 0.0], "range_max": [1.0]}, ["max_range", "(2,)"]),
-    (ACT, M.SYMMETRIC, {"threshold": 2.0**-17}, ["threshold", "min_threshold"]),
+    (ACT, M.SYMMETRIC, {"threshold": 2.0**-3}, ["threshold", "min_threshold"]),
     (ACT, M.POWER_OF_TWO, {"threshold": 3.0}, ["3.0", "powers of two"]),
-    (ACT_UNI, M.UNIFORM, {"range_min": 0.0, "range_max": 2.0**-17}, ["min_threshold"]),
+    (ACT_UNI, M.UNIFORM, {"range_min": 0.0, "range_max": 2.0**-3}, ["min_threshold"]),
 ]
 
 
 @pytest.mark.parametrize(("cls", "method", "params", "fragments"), BAD)
 def test_bad_params_are_refused_at_construction(cls, method, params, fragments):
-    config = (A if "Activation" in cls.__name__ else W)(method, 8, params)
+    config = (A if "Activation" in cls.__name__ else W)(method, 8, params, min_threshold=0.25)
     refused(ValueError, lambda: cls(config), *fragments)
 
 
@@ -244,6 +244,39 @@ def test_a_flag_that_is_none():
 def test_a_given_threshold_may_equal_the_floor():
     config = W(M.SYMMETRIC, 8, {"threshold": [0.1]}, min_threshold=0.1)
     assert SYM(config).enabled
+
+
+@pytest.mark.parametrize("tiny", [2.0**-17, 1e-9, 1e-30])
+def test_a_given_range_may_be_tiny(tiny):
+    """Without `min_threshold`, as long as its steps are no subnormal numbers."""
+    ends = {"range_min": [-tiny, 0.0], "range_max": [tiny, 1.0]}
+    assert UNI(W(M.UNIFORM, 8, ends)).enabled
+    assert SYM(W(M.SYMMETRIC, 8, {"threshold": [tiny, 1.0]}, min_threshold=0)).enabled
+    assert ACT(A(M.SYMMETRIC, 8, {"threshold": tiny})).enabled
+    assert ACT_UNI(A(M.UNIFORM, 8, {"range_min": 0.0, "range_max": tiny})).enabled
+
+
+MOVING = qi.MovingAverageActivationQATQuantizer
+CALLED = [
+    (SYM, W(M.SYMMETRIC, 4)),
+    (SYM, W(M.POWER_OF_TWO, 4, {"threshold": [1.0, 2.0]})),
+    (UNI, W(M.UNIFORM, 4)),
+    (UNI, W(M.UNIFORM, 4, {"range_min": [-1.0, -1.0], "range_max": [1.0, 2.0]})),
+    (ACT, A(M.SYMMETRIC, 4, {"threshold": 1.0})),
+    (ACT_UNI, A(M.UNIFORM, 4, {"range_min": -1.0, "range_max": 1.0})),
+    (MOVING, A(M.UNIFORM, 4, {"range_min": -1.0, "range_max": 1.0})),
+]
+
+
+@pytest.mark.parametrize(("cls", "config"), CALLED)
+def test_training_may_be_told(cls, config, random):
+    """By position or by name; it changes nothing but a range that moves."""
+    weight = random.uniform(-1, 1, size=(3, 2)).astype("float32")
+    weight[0] = [-1.0, 1.0]
+    quantizer = _hosted_quantizer(_host(cls(config), weight))
+    expected = to_numpy(quantizer(weight))
+    for args, kwargs in [((), {"training": False}), ((None,), {}), ((True,), {})]:
+        same(quantizer(weight, *args, **kwargs), expected)
 
 
 def test_a_number_of_thresholds_that_does_not_fit_is_refused_when_built():

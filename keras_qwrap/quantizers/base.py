@@ -132,6 +132,7 @@ class BaseKerasInferableQuantizer:
     quantization_method: list[QuantizationMethod]
     identifier: Any
     enabled = True
+    needs_range = False
 
     def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
         """Create the quantizer's variables through `layer.add_weight`; none by default."""
@@ -243,6 +244,8 @@ class BaseKerasTrainableQuantizer:
     quantization_target: QuantizationTarget
     quantization_method: list[QuantizationMethod]
     identifier: Any = None
+    needs_range = False
+    """Whether calibration or training must find its range before it can be converted."""
     _owner: weakref.ref | None = None
 
     def __init__(

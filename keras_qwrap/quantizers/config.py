@@ -16,11 +16,9 @@ from keras_qwrap.grids import check_num_bits, float_array
 
 PACKAGE = "keras_qwrap"
 
-DEFAULT_MIN_THRESHOLD = 2.0**-16
-"""Floor under ranges, so that a weight that is all zero still has a usable step."""
 
-_SMALLEST_MIN_THRESHOLD = 2.0**-110
-"""2**16 steps of 2**-126, the smallest normal float32: at any width the step is a normal number."""
+RANGE_METHODS = ("minmax", "moving_average", "percentile", "mse", "entropy")
+"""How calibration can find an activation's range; `range_search.find_range` says what each does."""
 
 
 class QuantizationTarget(enum.Enum):
@@ -78,6 +76,14 @@ def as_method(name: str, value: Any) -> QuantizationMethod:
     return check_member(name, value.upper() if known else value, QuantizationMethod)
 
 
+def check_range_method(method: Any, name: str = "range_method") -> str:
+    """`method`, refused unless it is one of `RANGE_METHODS`."""
+    if not isinstance(method, str) or method not in RANGE_METHODS:
+        fix = f"Nearest: {nearest(str(method), RANGE_METHODS)}."
+        raise bad_value(name, method, f"one of {', '.join(RANGE_METHODS)}", fix)
+    return method
+
+
 def _plain_params(name: str, params: Any) -> dict:
     """A copy of a parameter dictionary that holds plain Python values, so that it serializes."""
     if params is None:
@@ -97,13 +103,9 @@ def _plain(value: Any) -> Any:
 
 def _check_min_threshold(value: Any) -> float:
     array = float_array("min_threshold", value)
-    if array.size != 1 or array.item() < _SMALLEST_MIN_THRESHOLD:
-        raise bad_value(
-            "min_threshold",
-            value,
-            "one positive number, at least 2**-110",
-            "Pass for example 2**-16.",
-        )
+    if array.size != 1 or array.item() < 0:
+        fix = "Pass 0, for ranges as small as the data, or for example 2**-16."
+        raise bad_value("min_threshold", value, "one number that is not negative", fix)
     return float(value)
 
 
@@ -138,7 +140,7 @@ class TrainableQuantizerWeightsConfig:
         weights_channels_axis: the kept axis, or several.
         weights_per_channel_threshold: a range for each index of the kept axes, or one for all.
         min_threshold: floor under a range that is taken from the weight; a given one must not be
-            smaller.
+            smaller. With 0 a range is as small as the weight, down to steps of 2**-126.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of its bounds.
@@ -159,7 +161,7 @@ class TrainableQuantizerWeightsConfig:
     enable_weights_quantization: bool = True
     weights_channels_axis: int | tuple[int, ...] = -1
     weights_per_channel_threshold: bool = True
-    min_threshold: float = DEFAULT_MIN_THRESHOLD
+    min_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         checked = {
@@ -213,7 +215,8 @@ class TrainableQuantizerActivationConfig:
         activation_quantization_params: `{"threshold": ..., "is_signed": ...}`, or `{"range_min":
             ..., "range_max": ...}` for uniform grids; a quantizer of your own may read other keys.
         enable_activation_quantization: False leaves the activation in float.
-        min_threshold: a given range must not be smaller.
+        min_threshold: floor under a range that is found; a given one must not be smaller. With 0
+            a range is as small as the data, down to steps of 2**-126.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of its bounds.
@@ -234,7 +237,7 @@ class TrainableQuantizerActivationConfig:
     activation_n_bits: int = 8
     activation_quantization_params: dict = field(default_factory=dict)
     enable_activation_quantization: bool = True
-    min_threshold: float = DEFAULT_MIN_THRESHOLD
+    min_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         checked = {

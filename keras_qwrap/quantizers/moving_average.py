@@ -1,5 +1,6 @@
 """An activation quantizer whose range follows the batches that it is trained on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,7 +16,12 @@ from keras_qwrap.quantizers.base import (
     BaseKerasTrainableQuantizer,
     mark_quantizer,
 )
-from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
+from keras_qwrap.quantizers.config import (
+    PACKAGE,
+    QuantizationMethod,
+    QuantizationTarget,
+    check_range_method,
+)
 from keras_qwrap.quantizers.inferable import (
     ActivationPOTInferableQuantizer,
     ActivationSymmetricInferableQuantizer,
@@ -71,7 +77,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     In training each batch's smallest and largest value, zero included, move the range:
     `range = momentum * range + (1 - momentum) * batch`; the first batch sets it. The tensor is
     then quantized by the new range. In inference the stored range is used; without one, the
-    tensor passes unquantized.
+    tensor passes unquantized. While there were zeros alone the range is 0 to 1 (to
+    `min_threshold`, if there is one), and the first batch with others sets it.
 
     The grid follows from the range `[low, high]`, which is never narrower than `min_threshold`.
     UNIFORM: that of `ActivationUniformInferableQuantizer`. SYMMETRIC: that of
@@ -89,10 +96,13 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         quantization_config: `TrainableQuantizerActivationConfig`; its params may hold an initial
             range, `range_min` and `range_max`.
         momentum: share of the old range, from 0 to below 1.
+        range_method: how `calibrate` finds the range, unless it is told: "mse", "minmax",
+            "moving_average", "percentile" or "entropy".
 
     Raises:
         TypeError, ValueError: the config is of another kind, asks for another method, holds
-            unknown params or a range out of bounds, or `momentum` is out of bounds.
+            unknown params or a range out of bounds, `momentum` is out of bounds, or `range_method`
+            is unknown.
 
     Source: Jacob et al. 2018, arXiv:1712.05877 (moving averages of activation ranges).
 
@@ -112,9 +122,12 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     ```
     """
 
-    def __init__(self, quantization_config: Any, momentum: float = 0.99) -> None:
+    def __init__(
+        self, quantization_config: Any, momentum: float = 0.99, range_method: str = "mse"
+    ) -> None:
         super().__init__(quantization_config)
         self.momentum = _check_momentum(momentum)
+        self.range_method = check_range_method(range_method)
         config = self.quantization_config
         self._first_range = _range_in_params(
             config.activation_quantization_params, config.min_threshold
@@ -151,11 +164,10 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         self._require_variables("a call")
         if training:
             self._see(x)
-        low, high = (self._read(role) for role in _ENDS)
-        on = ranges.has_range(low, high, ops)
+        on = ranges.was_seen(self._read("min_range"), self._read("max_range"), ops)
         if training:
             on = ops.logical_and(on, ops.greater(self._read("steps"), self._read("delay")))
-        return ops.cast(_quantized_where(x, *self._derive(low, high, on)), dtype)
+        return ops.cast(_quantized_where(x, *self._derive(on)), dtype)
 
     def _see(self, x: Tensor) -> None:
         """Move the range towards a batch's, and count the batch."""
@@ -167,18 +179,22 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         began = ranges.has_range(*old, ops)
         stays = ops.logical_and(began, self._read("frozen"))
         moves = ops.logical_and(usable, ops.logical_not(stays))
-        for role, start, end in zip(_ENDS, old, batch, strict=True):
-            mixed = np.float32(self.momentum) * start + np.float32(1 - self.momentum) * end
-            moved = ops.where(began, mixed, end)
-            self.quantizer_parameters[role].assign(ops.where(moves, moved, start))
+        kept, added = np.float32(self.momentum), np.float32(1 - self.momentum)
+        low, high = (
+            ops.where(began, kept * start + added * end, end)
+            for start, end in zip(old, batch, strict=True)
+        )
+        new = ranges.to_store(low, high, ops)
+        for role, start, end in zip(_ENDS, old, new, strict=True):
+            self.quantizer_parameters[role].assign(ops.where(moves, end, start))
         self.quantizer_parameters["steps"].assign(self._read("steps") + 1)
 
-    def _derive(self, low: Tensor, high: Tensor, on: Tensor) -> tuple[Tensor, ...]:
+    def _derive(self, on: Tensor) -> tuple[Tensor, ...]:
         """`on`, scale, and lowest and highest code minus the zero point, as float32 tensors."""
         config = self.quantization_config
         bits = config.activation_n_bits
+        low, high = self._range(self._read, ops)
         if config.quantization_method is QuantizationMethod.UNIFORM:
-            high = ranges.widened_end(low, high, config.min_threshold, ops)
             scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
             lowest, highest = -zero_point, 2**bits - 1 - zero_point
         else:
@@ -196,6 +212,16 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         lowest, highest = ops.where(on, lowest, -endless), ops.where(on, highest, endless)
         return ops.cast(on, "float32"), scale, lowest, highest
 
+    def _range(self, read: Callable[[str], Any], xp: Any) -> tuple[Any, Any]:
+        """The range in use, if there is any; of variables that `read` reads by their names."""
+        config = self.quantization_config
+        low, high = (read(role) for role in _ENDS)
+        high = ranges.stored_end(low, high, config.min_threshold, xp)
+        if config.quantization_method is QuantizationMethod.UNIFORM:
+            bits = config.activation_n_bits
+            high = ranges.widened_end(low, high, bits, config.min_threshold, xp)
+        return low, high
+
     def _threshold(self, low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
         """Threshold, and whether the grid is signed."""
         config = self.quantization_config
@@ -208,21 +234,28 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """The stored range; None where there is none yet."""
+        """The range; None where there is none yet."""
         self._require_variables("range")
-        low, high = (to_numpy(self.quantizer_parameters[role]) for role in _ENDS)
-        return (low.item(), high.item()) if ranges.has_range(low, high, np) else None
+        if not ranges.was_seen(self._array("min_range"), self._array("max_range"), np):
+            return None
+        low, high = self._range(self._array, np)
+        return low.item(), high.item()
+
+    @property
+    def needs_range(self) -> bool:  # type: ignore[override]
+        """Whether it is built, and has no range yet."""
+        return bool(self.quantizer_parameters) and self.range is None
 
     def set_range(self, low: float, high: float) -> None:
-        """Store a range, widened to hold zero and to `min_threshold`.
+        """Store a range, widened to hold zero; two zeros say that there were zeros alone.
 
         Raises:
             TypeError, ValueError: an end is no finite number or beyond 2**125, `low > high`, or
                 the layer is not built.
         """
         self._require_variables("set_range")
-        checked = _check_ends("set_range", low, high, self.quantization_config.min_threshold)
-        for role, end in zip(_ENDS, checked, strict=True):
+        least, most = _check_ends("set_range", low, high)
+        for role, end in zip(_ENDS, ranges.to_store(least, most, np), strict=True):
             self.quantizer_parameters[role].assign(end)
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
@@ -239,9 +272,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             )
         config = self.quantization_config
         bits = config.activation_n_bits
-        low, high = (to_numpy(self.quantizer_parameters[role]) for role in _ENDS)
+        low, high = self._range(self._array, np)
         if config.quantization_method is QuantizationMethod.UNIFORM:
-            high = ranges.widened_end(low, high, config.min_threshold, np)
             return ActivationUniformInferableQuantizer(bits, low.item(), high.item())
         threshold, signed = self._threshold(low, high, np)
         cls = ActivationSymmetricInferableQuantizer
@@ -250,10 +282,14 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         return cls(bits, threshold.item(), bool(signed))
 
     def get_config(self) -> dict:
-        return super().get_config() | {"momentum": self.momentum}
+        own = {"momentum": self.momentum, "range_method": self.range_method}
+        return super().get_config() | own
 
     def _read(self, role: str) -> Tensor:
         return read(self.quantizer_parameters[role])
+
+    def _array(self, role: str) -> np.ndarray:
+        return to_numpy(self.quantizer_parameters[role])
 
     def _require_variables(self, what: str) -> None:
         if not self.quantizer_parameters:
@@ -285,7 +321,7 @@ def _range_in_params(params: dict, min_threshold: float) -> tuple[Any, Any]:
         )
     low, high = params["range_min"], params["range_max"]
     check_range(low, high)
-    ends = _check_ends("quantization params", low, high, 0.0)
+    ends = _check_ends("quantization params", low, high)
     if ends[1] - ends[0] < np.float32(min_threshold):
         raise bad_value(
             "range_max - range_min",
@@ -296,8 +332,8 @@ def _range_in_params(params: dict, min_threshold: float) -> tuple[Any, Any]:
     return ends
 
 
-def _check_ends(name: str, low: Any, high: Any, min_threshold: float) -> tuple[Any, Any]:
-    """A range as two float32 numbers, widened to hold zero and to `min_threshold`."""
+def _check_ends(name: str, low: Any, high: Any) -> tuple[Any, Any]:
+    """A range as two float32 numbers, widened to hold zero."""
     ends = []
     for role, end in (("low", low), ("high", high)):
         array = float_array(f"{name}: {role}", end)
@@ -307,7 +343,7 @@ def _check_ends(name: str, low: Any, high: Any, min_threshold: float) -> tuple[A
     if ends[0] > ends[1]:
         raise bad_value(f"{name}: low", low, f"a number up to high, {high}", "Swap the two.")
     least = np.minimum(ends[0], np.float32(0))
-    most = ranges.widened_end(least, np.maximum(ends[1], np.float32(0)), min_threshold, np)
+    most = np.maximum(ends[1], np.float32(0))
     if max(most, -least) > _LARGEST:
         fix = "Narrow the range; float32 cannot hold its grid."
         raise bad_value(name, (low, high), "a range inside +-2**125", fix)

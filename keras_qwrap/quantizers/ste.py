@@ -63,8 +63,8 @@ class _STEQuantizer(BaseKerasTrainableQuantizer):
         self.quantizer_parameters = self._fixed.initialize_quantization(tensor_shape, name, layer)
         return self.quantizer_parameters
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Quantize a float tensor; shape and dtype are kept, the arithmetic is float32."""
+    def __call__(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        """Quantize a float tensor, in training as ever; shape and dtype are kept, in float32."""
         return self._initialized(self._fixed)(inputs)
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
@@ -112,10 +112,10 @@ class _STEWeights(_STEQuantizer):
         self._weight = layer.latent_weight(name)
         return self.quantizer_parameters
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Quantize a float tensor; shape and dtype are kept, the arithmetic is float32."""
+    def __call__(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        """Quantize a float tensor, in training as ever; shape and dtype are kept, in float32."""
         if self._range_is_given:
-            return super().__call__(inputs)
+            return super().__call__(inputs, training)
         x, dtype = float32_input(inputs)
         return ops.cast(self._quantize_by_own_range(x, self._initialized(self._channels)), dtype)
 
@@ -146,9 +146,10 @@ class STEWeightQATQuantizer(_STEWeights):
     """Symmetric or power-of-two weights quantizer with a straight-through gradient.
 
     Without a threshold in the config, at every call `s = max(max|w|, min_threshold) * float32(1 /
-    (2**(b-1) - 1))` over the axes that are not kept, for POWER_OF_TWO rounded up to a power of
-    two, and `y = round_half_even(w / s) * s`: the narrow grid, nothing is clipped, gradient
-    `dw = dy`. No variable is created. A NaN or an infinity makes its channel NaN.
+    (2**(b-1) - 1))`, at least 2**-126, over the axes that are not kept, for POWER_OF_TWO rounded
+    up to a power of two, and `y = round_half_even(w / s) * s`: the narrow grid, nothing is clipped,
+    gradient `dw = dy`. Zeros alone have the threshold 1, if there is no `min_threshold`. No
+    variable is created. A NaN or an infinity makes its channel NaN.
 
     With a threshold it computes as `WeightsSymmetricInferableQuantizer` or
     `WeightsPOTInferableQuantizer`; gradient: upstream inside half a step around the range, else 0.
@@ -222,6 +223,7 @@ class STEUniformWeightQATQuantizer(_STEWeights):
     Without a range in the config, at every call it takes the smallest and largest weight over the
     axes that are not kept, widened to hold zero, and rounds onto the grid of
     `WeightsUniformInferableQuantizer`; an end moves by at most half a step, gradient `dw = dy`.
+    Zeros alone have the range 0 to 1, if there is no `min_threshold`.
 
     With a range it computes as that quantizer; gradient: upstream inside half a step around the
     range, else 0.
@@ -262,9 +264,14 @@ class STEUniformWeightQATQuantizer(_STEWeights):
         _check_floor("range_max - range_min", np.subtract(high, low), config.min_threshold)
         return quantizer
 
+    def _range(self, x: Tensor, channels: Channels) -> tuple[Tensor, Tensor]:
+        config = self.quantization_config
+        bits, floor = config.weights_n_bits, config.min_threshold
+        return ranges.uniform_range(x, channels.reduced, bits, floor)
+
     def _quantize_by_own_range(self, x: Tensor, channels: Channels) -> Tensor:
         config = self.quantization_config
-        low, high = ranges.uniform_range(x, channels.reduced, config.min_threshold)
+        low, high = self._range(x, channels)
         scale, zero_point = ranges.uniform_scale_and_zero_point(
             ops.stop_gradient(low), ops.stop_gradient(high), config.weights_n_bits, ops
         )
@@ -274,12 +281,9 @@ class STEUniformWeightQATQuantizer(_STEWeights):
     def _own_range_quantizer(
         self, weight: Tensor, channels: Channels, arguments: dict
     ) -> BaseKerasInferableQuantizer:
-        config = self.quantization_config
-        low, high = (
-            channels.gather(to_numpy(end))
-            for end in ranges.uniform_range(weight, channels.reduced, config.min_threshold)
-        )
-        return WeightsUniformInferableQuantizer(config.weights_n_bits, low, high, **arguments)
+        low, high = (channels.gather(to_numpy(end)) for end in self._range(weight, channels))
+        bits = self.quantization_config.weights_n_bits
+        return WeightsUniformInferableQuantizer(bits, low, high, **arguments)
 
 
 def _given_range(quantizer: Any, params: dict) -> tuple[Any, Any]:
