@@ -28,3 +28,11 @@ def bad_value(name: str, received: Any, expected: str, fix: str) -> ValueError:
 def bad_type(name: str, received: Any, expected: str, fix: str) -> TypeError:
     """A `TypeError` for argument `name`, worded as `bad_value` words it."""
     return TypeError(f"{name}: received {_describe(received)}, expected {expected}. {fix}")
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The innermost error that `error` quotes: Keras puts whole configs around each message."""
+    inner = error.__cause__ or error.__context__
+    while inner is not None and str(inner) and str(inner) in str(error):
+        error, inner = inner, inner.__cause__ or inner.__context__
+    return error

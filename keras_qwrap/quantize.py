@@ -37,6 +37,7 @@ from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizer
 from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
+from keras_qwrap.remaking import loads_by_itself
 from keras_qwrap.specs import (
     ActivationSpec,
     WeightsSpec,
@@ -284,7 +285,9 @@ class _GraphQuantizer(Copier):
                 path: _weight_quantizer(layer, path, axes, decision.weights)
                 for path, axes in default_weights(layer).items()
             }
-        if not (weights or (outputs and decision.activations)) or not _is_supported(layer):
+        quantized = weights or (outputs and decision.activations)
+        # Plain Keras saves layers that it cannot load; a wrapper can.
+        if (loads_by_itself(layer) and not quantized) or not _is_supported(layer):
             return copy
         activations = []
         if decision.activations:
