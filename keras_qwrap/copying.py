@@ -7,9 +7,11 @@ import keras
 
 from keras_qwrap.errors import bad_type, bad_value, no_model, warn
 from keras_qwrap.quantizing_layer import QuantizingLayer
+from keras_qwrap.remaking import made_again
 from keras_qwrap.substitution import (
     compile_arguments,
     has_own_call,
+    has_symbolic_inputs,
     new_input,
     rebuilt,
     sublayers,
@@ -43,6 +45,13 @@ def check_built(model: Any) -> None:
         raise no_model(model)
     if not model.built:
         raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+    if isinstance(model, keras.Sequential) and not has_symbolic_inputs(model):
+        raise bad_value(
+            "model",
+            f"'{model.name}', a Sequential model of which Keras could not make a graph",
+            "layers that can say the shapes of their outputs",
+            "Define `compute_output_shape` in layers of your own inside others (TimeDistributed).",
+        )
 
 
 def check_graph(model: Any) -> None:
@@ -242,18 +251,3 @@ class _StandIn:
 
     def __init__(self, old: Any, new: Any) -> None:
         self.old, self.new = old, new
-
-
-def made_again(operation: Any) -> Any:
-    """A new layer, model or operation of the same class, config and name."""
-    try:
-        new = type(operation).from_config(operation.get_config())
-        new.name = operation.name
-        return new
-    except (TypeError, ValueError, NotImplementedError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"model: received '{operation.name}', a {type(operation).__name__} that cannot be made "
-            f"again from its config ({error}), expected layers whose `get_config` returns every "
-            "argument of the constructor. Define or mend `get_config`; replace a Lambda by a layer "
-            "class."
-        ) from error

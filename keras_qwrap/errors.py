@@ -37,6 +37,14 @@ def bad_type(name: str, received: Any, expected: str, fix: str) -> TypeError:
     return TypeError(f"{name}: received {_describe(received)}, expected {expected}. {fix}")
 
 
+def innermost(error: BaseException) -> BaseException:
+    """The innermost error that `error` quotes: Keras puts whole configs around each message."""
+    inner = error.__cause__ or error.__context__
+    while inner is not None and str(inner) and str(inner) in str(error):
+        error, inner = inner, inner.__cause__ or inner.__context__
+    return error
+
+
 def no_model(received: Any, expected: str = "a Keras model") -> TypeError:
     """A `TypeError` for an argument `model` that is something else, or a model of another kind."""
     fix = "Wrap the layer in a model first: keras.Sequential([keras.Input(...), layer])."

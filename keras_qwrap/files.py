@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value, no_model
+from keras_qwrap.errors import bad_type, bad_value, innermost, no_model
 from keras_qwrap.file_checks import Contents, check_size, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.packed_weights import KEEP_CODES
@@ -197,9 +197,6 @@ def _itemsize(dtype: str) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost error that `error` quotes: Keras puts whole configs around each message."""
-    inner = error.__cause__ or error.__context__
-    while inner is not None and str(inner) and str(inner) in str(error):
-        error, inner = inner, inner.__cause__ or inner.__context__
+    error = innermost(error)
     line = " ".join(str(error).split())
     return f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"

@@ -10,8 +10,9 @@ import keras
 from keras import tree
 
 from keras_qwrap.construction import Construction, sign
-from keras_qwrap.copying import has_graph, made_again
+from keras_qwrap.copying import has_graph
 from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.remaking import made_again, refuse_other_policies
 from keras_qwrap.substitution import output_specs, sublayers
 from keras_qwrap.supported import refuse_raw_variables
 from keras_qwrap.weight_paths import copy_flags, copy_variables, follow, own_weights, walk
@@ -190,19 +191,6 @@ def layer_outputs(
     return Taps(quantizable_layers(copy)).outputs(copy, example)
 
 
-def _copy(model: keras.Model) -> keras.Model:
-    copy = made_again(model)
-    for old, new in zip(sublayers(model), sublayers(copy), strict=False):
-        if old.dtype_policy.name != new.dtype_policy.name:
-            raise bad_value(
-                "model",
-                f"layer '{old.name}' with dtype policy {old.dtype_policy.name}",
-                f"{new.dtype_policy.name}, which a copy made from the model's config has",
-                "Set the same global dtype policy again, or let `get_config` return the dtype.",
-            )
-    return copy
-
-
 def copy_built(
     model: keras.Model, example: Example | None
 ) -> tuple[keras.Model, tuple[tuple, dict] | None]:
@@ -211,7 +199,8 @@ def copy_built(
     The copy has the model's weights and trainable flags.
     """
     refuse_raw_variables(model)
-    copy = _copy(model)
+    copy = made_again(model)
+    refuse_other_policies(model, copy)
     construction = Construction()
     if example is not None:
         construction.see_call(*_check_example(example))

@@ -36,6 +36,7 @@ from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizer
 from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
+from keras_qwrap.remaking import loads_by_itself
 from keras_qwrap.rules import Place
 from keras_qwrap.specs import (
     ActivationSpec,
@@ -346,7 +347,9 @@ class _GraphQuantizer(Copier):
         copy = self.plain_copy(layer)
         outputs = [] if _gathers(layer, decision) else self._outputs.get(id(layer), [])
         weights = _weights_quantizers(layer, self._decisions)
-        if not (weights or (outputs and decision.activations)) or not _is_supported(layer):
+        quantized = weights or (outputs and decision.activations)
+        # Plain Keras saves layers that it cannot load; a wrapper can.
+        if (loads_by_itself(layer) and not quantized) or not _is_supported(layer):
             return copy
         activations = []
         if decision.activations:

@@ -28,6 +28,7 @@ from keras_qwrap.quantizing_layer import (
     inferable_twin,
     serialize_quantizer,
 )
+from keras_qwrap.remaking import deserialize_layer
 from keras_qwrap.substitution import sign_build, sublayers
 from keras_qwrap.weight_paths import find_weight, follow
 from keras_qwrap.wrapper import KerasQuantizationWrapper
@@ -344,9 +345,7 @@ class QuantizedModel(keras.Model):
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> "QuantizedModel":
         """The model that `get_config` described."""
         config = check_format_version(config)
-        config["model"] = keras.saving.deserialize_keras_object(
-            config["model"], custom_objects=custom_objects
-        )
+        config["model"] = deserialize_layer(config["model"], custom_objects)
         for name in ("weights_quantizers", "activation_quantizers"):
             config[name] = deserialize_quantizers(config[name], custom_objects)
         return cls(**config)

@@ -308,6 +308,11 @@ def has_own_call(model: keras.Model) -> bool:
     return type(model).call not in (Functional.call, keras.Sequential.call)
 
 
+def has_symbolic_inputs(model: keras.Sequential) -> bool:
+    """Whether a Sequential model that is built has run its layers on symbolic inputs."""
+    return model._functional is not None
+
+
 def rebuilt(
     model: keras.Model, inputs: Any, make: Callable[[Any], Any], call: Callable
 ) -> keras.Model:

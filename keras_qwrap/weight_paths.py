@@ -10,6 +10,7 @@ import keras
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.layer_weights import Axes, Row, find_row, resolve_alias
+from keras_qwrap.remaking import check_layers_alike, check_values_alike
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.tensors import to_numpy, variable_of
 
@@ -324,7 +325,12 @@ def weight_reason(layer: keras.Layer) -> str:
 
 
 def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
-    """Assign every variable of `source`, seed states included, to its counterpart in `target`."""
+    """Assign every variable of `source`, seed states included, to its counterpart in `target`.
+
+    Raises:
+        ValueError: the target is no copy of the source.
+    """
+    check_layers_alike(source, target)
     pairs = list(zip(source.variables, target.variables, strict=False))
     shapes_differ = any(tuple(a.shape) != tuple(b.shape) for a, b in pairs)
     if len(source.variables) != len(target.variables) or shapes_differ:
@@ -339,6 +345,7 @@ def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
         b.assign(to_numpy(variable_of(a)).copy())
     for part, copied in zip(sublayers(source), sublayers(target), strict=True):
         _copy_untracked(part, copied)
+    check_values_alike(source, target)
 
 
 def _copy_untracked(source: Any, target: Any) -> None:

@@ -28,6 +28,7 @@ from keras_qwrap.quantizing_layer import (
     refuse_inner_wrappers,
     serialize_quantizer,
 )
+from keras_qwrap.remaking import deserialize_layer, made_again, serialize_layer
 from keras_qwrap.substitution import (
     build_layer,
     call_with,
@@ -417,15 +418,13 @@ class KerasQuantizationWrapper(QuantizingLayer):
         if isinstance(self.layer, QuantizingLayer):
             return self.layer.convert_to_inferable_quantizers()
         refuse_inner_wrappers(self.layer)
-        return type(self.layer).from_config(self.layer.get_config())
+        return made_again(self.layer)
 
     def get_config(self) -> dict:
         """The arguments as plain values (long ranges packed), and the version of this format."""
-        layer = keras.saving.serialize_keras_object(self.layer)
-        layer.pop("build_config", None)
         return {
             **super().get_config(),
-            "layer": layer,
+            "layer": serialize_layer(self.layer),
             "weights_quantizers": {
                 path: serialize_quantizer(quantizer)
                 for path, quantizer in self.weights_quantizers.items()
@@ -441,7 +440,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
     def from_config(cls, config: dict) -> "KerasQuantizationWrapper":
         """The wrapper that `get_config` described."""
         config = check_format_version(config)
-        config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
+        config["layer"] = deserialize_layer(config["layer"])
         for name in ("weights_quantizers", "activation_quantizers"):
             config[name] = deserialize_quantizers(config[name])
         return cls(**config)

@@ -33,6 +33,7 @@ READING_ORDER = [
     "quantizers.ste",
     "quantizers.moving_average",
     "substitution",
+    "remaking",
     "layer_weights",
     "weight_paths",
     "supported",
