@@ -47,7 +47,10 @@ class Channels:
         return tuple(n if axis in self.kept else 1 for axis, n in enumerate(tensor_shape))
 
     def spread(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Values, one for each channel, as an array that broadcasts against the tensor."""
+        """Values, one for each channel, as an array that broadcasts against the tensor.
+
+        They may have that shape already.
+        """
         if not self.kept:
             if values.size != 1:
                 raise bad_value(
@@ -57,11 +60,14 @@ class Channels:
                     "Pass one; weights quantizers take several with per_channel=True.",
                 )
             return values.reshape(())
+        if values.ndim == self.rank and values.shape == self.range_shape(values.shape):
+            return values
         if values.ndim != len(self.kept):
             raise bad_value(
                 name,
                 values.tolist(),
-                f"an array with {len(self.kept)} dimension(s), one for each channel axis",
+                f"an array with {len(self.kept)} dimension(s), one for each channel axis, or with "
+                f"{self.rank}, of length 1 along the others",
                 "Pass one for each channel, or per_channel=False for one range (in a config: "
                 "weights_per_channel_threshold=False).",
             )

@@ -30,6 +30,7 @@ def test_ranges_line_up_with_the_kept_axes(case, data):
     spread = channels.spread("threshold", values)
     assert spread.shape == channels.range_shape(shape)
     channels.check_tensor("inputs", spread.shape, shape)
+    np.testing.assert_array_equal(channels.spread("threshold", spread), spread)
     assert channels.gather(spread) == values.tolist()
     index = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     assert np.broadcast_to(spread, shape)[index] == values[tuple(index[a] for a in kept)]
@@ -83,7 +84,7 @@ def test_bad_arguments(arguments, error, fragments):
 def test_the_number_of_ranges_must_fit():
     one, two = Channels(), Channels((1, 2), 3)
     refused(ValueError, lambda: one.spread("threshold", np.ones(2)), "threshold", "[1.0, 1.0]")
-    for values in (np.ones(()), np.ones(6), np.ones((1, 2, 3))):
+    for values in (np.ones(()), np.ones(6), np.ones((2, 2, 3)), np.ones((1, 1, 2, 3))):
         refused(ValueError, lambda v=values: two.spread("min_range", v), "min_range", "2 dimension")
 
 

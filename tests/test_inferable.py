@@ -87,7 +87,12 @@ def test_there_are_just_the_values_of_the_codes(bits):
         (qi.WeightsSymmetricInferableQuantizer(bits, 3.0, False, narrow=True), 2**bits - 1),
         (qi.ActivationSymmetricInferableQuantizer(bits, 3.0, False), 2**bits),
         (qi.ActivationUniformInferableQuantizer(bits, -2.0, 3.0), 2**bits),
-        (qi.WeightsLUTSymmetricInferableQuantizer(bits, range(-2, 2), 3.0, False), 4),
+        (
+            qi.WeightsLUTSymmetricInferableQuantizer(
+                bits, range(-2, 2), 3.0, False, lut_values_bitwidth=9
+            ),
+            4,
+        ),
     ):
         assert len(np.unique(to_numpy(quantizer(x)))) == count
 

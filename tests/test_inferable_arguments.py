@@ -127,6 +127,37 @@ def test_config_round_trip(cls, arguments, others):
 
 
 @pytest.mark.parametrize(("cls", "arguments", "others"), ROWS[:5], ids=IDS[:5])
+def test_ranges_may_have_the_shape_of_the_weight(cls, arguments, others):
+    """`(1, 1, 1, C)` is as good as `(C,)`, and the config says `(C,)`."""
+    arguments = arguments | {"input_rank": 4}
+    ends = [key for key in ("threshold", "min_range", "max_range") if key in arguments]
+    x = np.linspace(-2.9, 2.9, 54, dtype=np.float32).reshape(3, 3, 2, 3)
+    plain = cls(**arguments)
+    for make in (np.float32, list):
+        spread = {key: make(np.reshape(arguments[key], (1, 1, 1, 3)).tolist()) for key in ends}
+        quantizer = cls(**arguments | spread)
+        assert quantizer.get_config() == plain.get_config()
+        np.testing.assert_array_equal(to_numpy(quantizer(x)), to_numpy(plain(x)))
+        np.testing.assert_array_equal(quantizer.quantize_to_codes(x), plain.quantize_to_codes(x))
+    for shape in ((3, 1, 1, 1), (1, 1, 3)):
+        other = {key: np.reshape(arguments[key], shape) for key in ends}
+        refused(ValueError, lambda other=other: cls(**arguments | other), "1 dimension", "with 4")
+
+
+LOOKUPS = [row[:2] for row in ROWS if "lut_values" in row[1]]
+
+
+@pytest.mark.parametrize(("cls", "arguments"), LOOKUPS)
+def test_indices_are_narrower_than_the_entries_of_the_table(cls, arguments):
+    table = {"lut_values": [-2, 1, 3], "num_bits": 3}
+    with pytest.warns(UserWarning, match="num_bits: received 3, as many as") as caught:
+        cls(**arguments | table | {"lut_values_bitwidth": 3})
+    assert caught[0].filename == __file__
+    wide = arguments | table | {"num_bits": 4, "lut_values_bitwidth": 3}
+    refused(ValueError, lambda: cls(**wide), "num_bits: received 4", "lut_values_bitwidth=3")
+
+
+@pytest.mark.parametrize(("cls", "arguments", "others"), ROWS[:5], ids=IDS[:5])
 def test_config_round_trip_with_two_axes_and_arrays(cls, arguments, others):
     """Ranges may be arrays of odd float32 values; a tuple of axes comes back from JSON."""
     odd = {

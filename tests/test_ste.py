@@ -256,6 +256,31 @@ def test_a_given_range_may_be_tiny(tiny):
     assert ACT_UNI(A(M.UNIFORM, 8, {"range_min": 0.0, "range_max": tiny})).enabled
 
 
+@pytest.mark.parametrize("axis", [-1, 3, (2, 3), (-2, -1), 0])
+@pytest.mark.parametrize(
+    ("cls", "method", "values"),
+    [
+        (SYM, M.SYMMETRIC, {"threshold": (0.5, 1.5)}),
+        (SYM, M.POWER_OF_TWO, {"threshold": (0.5, 2.0)}),
+        (UNI, M.UNIFORM, {"range_min": (-0.5, -1.5), "range_max": (0.25, 1.0)}),
+    ],
+)
+def test_given_ranges_may_have_the_shape_of_the_weight(cls, method, values, axis, random):
+    weight = random.normal(size=(2, 2, 2, 2)).astype("float32")
+    kept = {a % 4 for a in (axis if isinstance(axis, tuple) else (axis,))}
+    shape = [2 if a in kept else 1 for a in range(4)]
+
+    def made(form):
+        params = {k: np.resize(v, 2 ** len(kept)).reshape(form) for k, v in values.items()}
+        config = W(method, 4, params, weights_channels_axis=axis)
+        assert W.from_config(config.get_config()) == config
+        return _hosted_quantizer(_host(cls(config), weight))
+
+    flat = made([2] * len(kept))
+    same(made(shape)(weight), to_numpy(flat(weight)))
+    assert made(shape).convert2inferable().get_config() == flat.convert2inferable().get_config()
+
+
 MOVING = qi.MovingAverageActivationQATQuantizer
 CALLED = [
     (SYM, W(M.SYMMETRIC, 4)),

@@ -26,7 +26,8 @@ class WeightsSymmetricInferableQuantizer(SymmetricQuantizer):
 
     Args:
         num_bits: width `b` of the codes, 2 to 16.
-        threshold: bound `t`, one positive float, or one for each channel.
+        threshold: bound `t`, one positive float, or one for each channel; also in a
+            shape that broadcasts against the weight, `(1, 1, 1, 8)`.
         per_channel: whether each index of `channel_axis` has its own threshold.
         channel_axis: the kept axis, or a tuple of kept axes.
         input_rank: rank of the tensors that will be quantized.
@@ -150,7 +151,7 @@ class WeightsLUTSymmetricInferableQuantizer(LookupQuantizer):
     upstream where nothing is clipped, else 0.
 
     Args:
-        num_bits: width of the indices, 2 to 16.
+        num_bits: width of the indices, 2 to 16; at most `lut_values_bitwidth`, better less.
         lut_values: the table, at most `2**num_bits` distinct integers.
         threshold: scale of the table, one positive float, or one for each channel.
         per_channel: whether each index of `channel_axis` has its own threshold.
@@ -316,7 +317,7 @@ class ActivationLutPOTInferableQuantizer(LookupQuantizer):
     is `threshold / 2**w`.
 
     Args:
-        num_bits: width of the indices, 2 to 16.
+        num_bits: width of the indices, 2 to 16; at most `lut_values_bitwidth`, better less.
         lut_values: the table, at most `2**num_bits` distinct integers.
         threshold: scale of the table, a power of two, or a list of one.
         signed: whether the table may hold negative entries.

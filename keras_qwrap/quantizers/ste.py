@@ -94,8 +94,14 @@ class _STEWeights(_STEQuantizer):
         self._channels: Channels | None = None
         self._weight: Any = None
         if self._range_is_given:
-            axes = self.quantization_config.weights_channels_axis
-            self._fixed_quantizer(max(0, *axes) + 1 + max(0, *(-axis for axis in axes)))
+            self._fixed_quantizer(self._possible_rank())
+
+    def _possible_rank(self) -> int:
+        """A rank that the weight may have: that of a range which has its shape, or a high one."""
+        config = self.quantization_config
+        axes = config.weights_channels_axis
+        given = max(np.ndim(value) for value in config.weights_quantization_params.values())
+        return given if given > len(axes) else max(0, *axes) + 1 + max(0, *(-a for a in axes))
 
     def _channel_arguments(self, rank: int) -> dict:
         config = self.quantization_config

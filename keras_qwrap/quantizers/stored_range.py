@@ -1,5 +1,6 @@
 """The mechanism behind the inferable quantizers: stored ranges, and a grid."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,6 +197,7 @@ class LookupQuantizer(RangeQuantizer):
             check_power_of_two("threshold", array)
         super().__init__(channels, threshold=array)
         self._num_bits = check_num_bits(num_bits)
+        _check_widths(self._num_bits, check_num_bits(lut_values_bitwidth, "lut_values_bitwidth"))
         self._eps = _check_eps(eps)
         self._grid = _check_table(lut_values, self._num_bits, lut_values_bitwidth, signed)
         check_scale(self.scale, 2**self._grid.bitwidth, "threshold")
@@ -245,6 +247,19 @@ class LookupQuantizer(RangeQuantizer):
         return {"lut_values_bitwidth": self._grid.bitwidth, "eps": self._eps}
 
 
+def _check_widths(num_bits: int, bitwidth: int) -> None:
+    """Refuse indices wider than the table's entries, and warn where they are as wide."""
+    if num_bits > bitwidth:
+        fix = "Lower num_bits, or raise lut_values_bitwidth."
+        raise bad_value("num_bits", num_bits, f"at most lut_values_bitwidth={bitwidth}", fix)
+    if num_bits == bitwidth:
+        warnings.warn(
+            f"num_bits: received {num_bits}, as many as lut_values_bitwidth: a table of so many "
+            "integers is an integer grid. Lower num_bits, or use a quantizer without a table.",
+            stacklevel=4,
+        )
+
+
 def _check_eps(eps: Any) -> float:
     array = float_array("eps", eps)
     if array.size != 1 or array.item() < 0:
@@ -254,7 +269,6 @@ def _check_eps(eps: Any) -> float:
 
 def _check_table(lut_values: Any, num_bits: int, bitwidth: int, signed: bool) -> LookupGrid:
     table = float_array("lut_values", lut_values)
-    bitwidth = check_num_bits(bitwidth, "lut_values_bitwidth")
     grid = LookupGrid(tuple(int(v) for v in table.ravel()), bitwidth, signed)
     lowest, highest = grid.limits
     if table.ndim != 1 or np.any(table != np.round(table)):
