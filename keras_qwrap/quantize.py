@@ -71,7 +71,8 @@ def quantize_model(
 
     Every layer whose weights are quantized or whose output is, is a `KerasQuantizationWrapper` of
     the same name in the new model; inputs and functions between layers have a
-    `KerasActivationQuantizationHolder` behind them, `<name>_quantizer`. Behind a function that
+    `KerasActivationQuantizationHolder` behind them, `<name>_quantizer` (`input_quantizer` where an
+    input has no name). Behind a function that
     makes an output of the model it has the function's name, so that `output_names` are the same,
     and the function is `<name>_unquantized`. Weights are copied, layers stay shared, and
     `model` is left as it is. Activation ranges come from `calibration_data`, from a later
@@ -178,12 +179,29 @@ def ordered_nodes(model: keras.Model) -> list[GraphNode]:
     return list(ordered.values())
 
 
+_UNNAMED = re.compile(r"(input_layer|keras_tensor)(_\d+)?")
+
+
+def input_names(model: keras.Model) -> list[str]:
+    """What the inputs of a graph are called: as the user does, else `input`, `input_1`, ...
+
+    Keras counts the inputs that have no name in a whole process, so that its own names for them
+    differ from run to run.
+    """
+    names = [input_layer(tensor).name for tensor in model.inputs]
+    taken = {operation.name for operation in getattr(model, "operations", model.layers)}
+    tries = (f"input_{number}" if number else "input" for number in itertools.count())
+    free = (name for name in tries if name not in taken)
+    return [next(free) if _UNNAMED.fullmatch(name) else name for name in names]
+
+
 def _places(
     model: keras.Model, graphs: dict[int, keras.Model], around: tuple[Place, ...] = ()
 ) -> Iterator[Place]:
     """Layers and functions of a graph in order of execution; a nested model's, where it stands."""
     graphs[id(model)] = model
-    nodes = [(input_layer(tensor), input_layer(tensor).name) for tensor in model.inputs]
+    inputs = map(input_layer, model.inputs)
+    nodes = list(zip(inputs, input_names(model), strict=True))
     nodes += [(unwrapped(n.operation), n.operation.name) for n in ordered_nodes(model)]
     for operation, name in nodes:
         place = Place(operation, f"{around[-1].path}/{name}" if around else name, around)
@@ -385,11 +403,11 @@ class _GraphQuantizer(Copier):
     def new_inputs(self, model: keras.Model) -> Any:
         inputs = super().new_inputs(model)
         if model is self._model:
-            olds = keras.tree.flatten(model.input)
-            for old, new in zip(olds, keras.tree.flatten(inputs), strict=True):
+            news = keras.tree.flatten(inputs)
+            for old, new, name in zip(model.inputs, news, input_names(model), strict=True):
                 spec = self._input_spec(old)
                 if spec:
-                    self._held[id(new)] = self._holder(f"{new.name}_quantizer", spec)(new)
+                    self._held[id(new)] = self._holder(f"{name}_quantizer", spec)(new)
         return inputs
 
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
@@ -397,7 +415,7 @@ class _GraphQuantizer(Copier):
         spec = self._input_spec(model.inputs[0]) if model is self._model else None
         if spec is None:
             return layers
-        return [self._holder(f"{model.inputs[0].name}_quantizer", spec), *layers]
+        return [self._holder(f"{input_names(model)[0]}_quantizer", spec), *layers]
 
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
         if not can_be_quantized(tensor) or id(tensor) in self._exact:

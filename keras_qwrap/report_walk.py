@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_qwrap.copying import is_graph
 from keras_qwrap.errors import bad_value
-from keras_qwrap.quantize import ordered_nodes, plan_graph, plan_units, units_in
+from keras_qwrap.quantize import input_names, ordered_nodes, plan_graph, plan_units, units_in
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
 from keras_qwrap.recipes import Recipe
@@ -75,8 +75,8 @@ class _Walk:
                 self._decisions, _ = plan_graph(operation, self._recipe)
             self._outputs |= outputs_in_graph(operation, not path, self._decisions)
         if isinstance(operation, keras.Model) or _holds_quantizers(operation):
-            for child in _children(operation):
-                self.visit(child, f"{path}/{child.name}" if path else child.name)
+            for name, child in _children(operation):
+                self.visit(child, f"{path}/{name}" if path else name)
         floats = self._left_in_float(operation, {})
         outputs = self._outputs.get(id(operation))
         if floats or outputs:
@@ -159,13 +159,14 @@ def _holds_quantizers(operation: Any) -> bool:
     return any(isinstance(inner, QuantizingLayer) for inner in inside)
 
 
-def _children(layer: keras.Layer) -> list[Any]:
-    """What is inside a layer, but not inside one of these; a graph's in order of execution."""
+def _children(layer: keras.Layer) -> list[tuple[str, Any]]:
+    """What is inside a layer by name, not inside one of these; a graph's in order of execution."""
     if is_graph(layer):
-        inputs = [input_layer(tensor) for tensor in layer.inputs]
-        return [*inputs, *(node.operation for node in ordered_nodes(layer)), *layer.layers]
+        inputs = list(zip(input_names(layer), map(input_layer, layer.inputs), strict=True))
+        operations = [node.operation for node in ordered_nodes(layer)]
+        return inputs + [(part.name, part) for part in (*operations, *layer.layers)]
     if isinstance(layer, keras.Model):
-        return layer.layers
+        return [(part.name, part) for part in layer.layers]
     inside = [part for part in sublayers(layer) if part is not layer]
     deeper = {id(part) for child in inside for part in sublayers(child) if part is not child}
-    return [child for child in inside if id(child) not in deeper]
+    return [(child.name, child) for child in inside if id(child) not in deeper]
