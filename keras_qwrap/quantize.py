@@ -36,7 +36,7 @@ from keras_qwrap.quantizers.config import QuantizationMethod, TrainableQuantizer
 from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
-from keras_qwrap.rules import Place
+from keras_qwrap.rules import FLOAT, Place, Rule
 from keras_qwrap.specs import (
     ActivationSpec,
     WeightsSpec,
@@ -46,7 +46,7 @@ from keras_qwrap.specs import (
 from keras_qwrap.streams import batches
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
-from keras_qwrap.supported import check_supported
+from keras_qwrap.supported import refusal
 from keras_qwrap.tensors import to_numpy
 from keras_qwrap.weight_paths import (
     default_weights,
@@ -54,6 +54,7 @@ from keras_qwrap.weight_paths import (
     follow,
     variables_of_weights,
     weight_paths,
+    weight_reason,
 )
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
@@ -121,6 +122,7 @@ def quantize_model(
     if is_graph(model):
         quantizer = _GraphQuantizer(model, recipe)
         new = quantizer.copy_model(model)
+        _warn_of_rules_in_vain(quantizer.planned, quantizer.quantized)
         methods = quantizer.methods
     else:
         new, methods = _quantize_subclassed(model, recipe, example)
@@ -237,8 +239,19 @@ def _place_inside(
     return Place(layer, f"{prefix}{path}", around)
 
 
-def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision], list[keras.Model]]:
-    """What a recipe says of each layer and function of a graph, by `id`; and the nested graphs.
+Planned = list[tuple[Place, Decision]]
+"""Layers in order, and what a recipe says of each."""
+
+
+def by_id(planned: Planned) -> dict[int, Decision]:
+    """What is decided of each layer, by its `id`."""
+    return {id(place.layer): decision for place, decision in planned}
+
+
+def plan_graph(
+    model: keras.Model, recipe: Recipe
+) -> tuple[Planned, dict[int, Decision], list[keras.Model]]:
+    """What a recipe says of each layer of a graph, and of functions too, by `id`; nested graphs.
 
     It says the same of a float model and of what was made of it: a wrapper stands for its layer,
     and holders do not count. Functions between layers follow no rule.
@@ -247,14 +260,15 @@ def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision],
     found: dict[int, Place] = {}
     for place in _places(model, graphs):
         found.setdefault(id(place.layer), place)
-    layers = {
-        key: place
-        for key, place in found.items()
+    layers = [
+        place
+        for place in found.values()
         if isinstance(place.layer, keras.Layer)
         and not isinstance(place.layer, KerasActivationQuantizationHolder)
-    }
-    decisions = dict(zip(layers, recipe.plan(list(layers.values())), strict=True))
-    return dict.fromkeys(found, recipe.decide(None)) | decisions, list(graphs.values())
+    ]
+    planned = list(zip(layers, recipe.plan(layers), strict=True))
+    decisions = dict.fromkeys(found, recipe.decide(None)) | by_id(planned)
+    return planned, decisions, list(graphs.values())
 
 
 Units = dict[str, tuple[keras.Layer, list[keras.KerasTensor]]]
@@ -270,11 +284,67 @@ def units_in(model: keras.Model, example: Example | None) -> Units:
     return {path: (layers[path], outputs.get(path, [])) for path in [*outputs, *layers]}
 
 
-def plan_units(model: keras.Model, units: Units, recipe: Recipe) -> dict[int, Decision]:
-    """What a recipe says of each of the inner layers of a subclassed model, by `id`."""
+def plan_units(model: keras.Model, units: Units, recipe: Recipe) -> Planned:
+    """What a recipe says of each of the inner layers of a subclassed model."""
     places = [_place_inside(model, path, layer) for path, (layer, _) in units.items()]
-    plan = recipe.plan(places)
-    return {id(place.layer): decision for place, decision in zip(places, plan, strict=True)}
+    return list(zip(places, recipe.plan(places), strict=True))
+
+
+def _places_by_rule(planned: Planned) -> list[tuple[Rule, list[Place]]]:
+    """The rules that decide about anything, and about what."""
+    found: dict[int, tuple[Rule, list[Place]]] = {}
+    for place, decision in planned:
+        if decision.rule:
+            found.setdefault(id(decision.rule), (decision.rule, []))[1].append(place)
+    return list(found.values())
+
+
+def _asks_for_weights(rule: Rule, places: list[Place]) -> bool:
+    """Whether a rule wants weights quantized, of layers that have any for that."""
+    asks = isinstance(rule.weights, WeightsSpec)
+    return asks and any(default_weights(place.layer) for place in places)
+
+
+def weights_in_vain(planned: Planned) -> dict[int, str]:
+    """Why rules that ask to quantize weights, by their `id`, have no effect on any.
+
+    Where layers have no weights at all, and the rule asks for activations too, nothing is missing.
+    """
+    return {
+        id(rule): f"{rule} has no effect on weights: {_listed(places)} no weight that is ever "
+        f"quantized ({refusal(places[0].layer) or weight_reason(places[0].layer)})"
+        for rule, places in _places_by_rule(planned)
+        if isinstance(rule.weights, WeightsSpec)
+        and not _asks_for_weights(rule, places)
+        and (any(place.layer.weights for place in places) or rule.activations in (None, FLOAT))
+    }
+
+
+def _listed(places: list[Place]) -> str:
+    names = [f"'{place.path}'" for place in places[:4]]
+    rest = [f"{len(places) - 4} more"] if places[4:] else []
+    return f"{', '.join(names + rest)} {'have' if places[1:] else 'has'}"
+
+
+def _warn_of_rules_in_vain(planned: Planned, quantized: set[int]) -> None:
+    """Say which rules ask for what they cannot have.
+
+    `quantized` holds the `id` of each layer whose outputs have a quantizer. A rule that has an
+    effect on weights may ask for activations that are quantized behind another layer.
+    """
+    vain = weights_in_vain(planned)
+    for rule, places in _places_by_rule(planned):
+        text = vain.get(id(rule), "")
+        asks = isinstance(rule.activations, ActivationSpec) and not _asks_for_weights(rule, places)
+        if asks and not any(id(place.layer) in quantized for place in places):
+            text = f"{text}, and" if text else str(rule)
+            text += (
+                f" has no effect on activations: {_listed(places)} no quantizer behind it; the "
+                "activations are quantized behind other layers, keep the grid that they have, or "
+                "are no floats"
+            )
+        if text:
+            warn(f"{text}. `quantization_report(model, recipe)` says what is done instead.")
 
 
 def decided_weights(layer: keras.Layer, decisions: Mapping[int, Decision]) -> dict[int, Decision]:
@@ -338,12 +408,10 @@ def _output_quantizer(spec: ActivationSpec, output: OutputRange) -> BaseKerasTra
 
 def _is_supported(layer: keras.Layer) -> bool:
     """Whether a layer can be wrapped; says what is left in float if not."""
-    try:
-        check_supported(layer)
-    except ValueError as error:
-        warn(f"Layer '{layer.name}' is left in float. {error}")
-        return False
-    return True
+    why = refusal(layer)
+    if why:
+        warn(f"Layer '{layer.name}' is left in float. {why}")
+    return not why
 
 
 class _GraphQuantizer(Copier):
@@ -354,7 +422,8 @@ class _GraphQuantizer(Copier):
         self.methods: dict[int, str] = {}
         self._model = model
         self._outputs: dict[int, list[OutputRange]] = {}
-        self._decisions, graphs = plan_graph(model, recipe)
+        self.planned, self._decisions, graphs = plan_graph(model, recipe)
+        self.quantized: set[int] = set()
         for graph in graphs:
             self._outputs |= output_ranges(graph)
         self._exact = exact_inputs(model)
@@ -374,6 +443,7 @@ class _GraphQuantizer(Copier):
         if decision.activations:
             activations = [_output_quantizer(decision.activations, output) for output in outputs]
             self.methods |= {id(made): decision.activations.range for made in activations}
+        self.quantized |= {id(layer)} if activations else set()
         return KerasQuantizationWrapper(copy, weights, activations)
 
     def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
@@ -420,7 +490,10 @@ class _GraphQuantizer(Copier):
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
         if not can_be_quantized(tensor) or id(tensor) in self._exact:
             return None
-        return self._decisions[id(input_layer(tensor))].activations
+        layer = input_layer(tensor)
+        spec = self._decisions[id(layer)].activations
+        self.quantized |= {id(layer)} if spec else set()
+        return spec
 
     def _holder(
         self, name: str, spec: ActivationSpec, output: OutputRange = OutputRange.DATA
@@ -460,7 +533,8 @@ def _quantize_subclassed(
 ) -> tuple[keras.Model, dict[int, str]]:
     """The quantized copy of a model without graph, and how each quantizer's range is found."""
     units = units_in(model, example)
-    decisions = plan_units(model, units, recipe)
+    planned = plan_units(model, units, recipe)
+    decisions = by_id(planned)
     weights = _weights_quantizers(model, decisions)
     activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
     methods: dict[int, str] = {}
@@ -473,6 +547,7 @@ def _quantize_subclassed(
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
             methods |= {id(made): wanted.range for made in activations[path]}
+    _warn_of_rules_in_vain(planned, {id(units[path][0]) for path in activations})
     new = QuantizedModel(model, weights, activations, example=example)
     carry_compiled(model, new)
     return new, methods

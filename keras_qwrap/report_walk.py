@@ -8,13 +8,22 @@ import numpy as np
 
 from keras_qwrap.copying import is_graph
 from keras_qwrap.errors import bad_value
-from keras_qwrap.quantize import input_names, ordered_nodes, plan_graph, plan_units, units_in
+from keras_qwrap.quantize import (
+    by_id,
+    input_names,
+    ordered_nodes,
+    plan_graph,
+    plan_units,
+    units_in,
+    weights_in_vain,
+)
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
 from keras_qwrap.recipes import Recipe
 from keras_qwrap.report_reasons import (
     Decisions,
     WeightReasons,
+    despite_rule,
     on_grid_of_weights,
     outputs_in_graph,
     why_unquantized,
@@ -32,8 +41,10 @@ from keras_qwrap.substitution import input_layer, sublayers
 from keras_qwrap.weight_paths import variables_of_weights, weight_paths
 
 
-def rows_of(model: keras.Model, recipe: Recipe | None) -> tuple[LayerReport, ...]:
-    """The rows of a built model's report, in order of execution.
+def rows_of(
+    model: keras.Model, recipe: Recipe | None
+) -> tuple[tuple[LayerReport, ...], tuple[str, ...]]:
+    """The rows of a built model's report, in order of execution; and which rules ask in vain.
 
     Raises:
         ValueError: the recipe does not fit the model, or the model is of no kind that
@@ -48,7 +59,7 @@ def rows_of(model: keras.Model, recipe: Recipe | None) -> tuple[LayerReport, ...
         )
     walk = _Walk(recipe)
     walk.visit(model, "")
-    return tuple(walk.rows)
+    return tuple(walk.rows), tuple(walk.notes)
 
 
 class _Walk:
@@ -56,6 +67,7 @@ class _Walk:
 
     def __init__(self, recipe: Recipe | None) -> None:
         self.rows: list[LayerReport] = []
+        self.notes: list[str] = []
         self._recipe = recipe
         self._decisions: Decisions = {}
         self._outputs: dict[int, UnquantizedOutputs] = {}
@@ -72,7 +84,8 @@ class _Walk:
         units = self._units(operation, path) if isinstance(operation, QuantizedModel) else []
         if is_graph(operation):
             if self._recipe is not None and not path:
-                self._decisions, _ = plan_graph(operation, self._recipe)
+                planned, self._decisions, _ = plan_graph(operation, self._recipe)
+                self.notes += weights_in_vain(planned).values()
             self._outputs |= outputs_in_graph(operation, not path, self._decisions)
         if isinstance(operation, keras.Model) or _holds_quantizers(operation):
             for name, child in _children(operation):
@@ -89,11 +102,17 @@ class _Walk:
         """Rows of the inner layers whose outputs have no quantizer."""
         units = units_in(model.model, model.inner_example())
         if self._recipe is not None and not path:
-            self._decisions = plan_units(model.model, units, self._recipe)
+            planned = plan_units(model.model, units, self._recipe)
+            self._decisions = by_id(planned)
+            self.notes += weights_in_vain(planned).values()
 
         def placed(name: str, layer: keras.Layer) -> UnquantizedOutputs | None:
             quantized = any(weight.startswith(f"{name}/") for weight in model.weights_quantizers)
             return on_grid_of_weights(layer) if quantized else None
+
+        def why(name: str, layer: keras.Layer, outputs: list) -> UnquantizedOutputs:
+            found = why_unquantized(layer, outputs, placed(name, layer), self._decisions)
+            return despite_rule(found, self._decisions.get(id(layer)))
 
         return [
             LayerReport(
@@ -101,7 +120,7 @@ class _Walk:
                 type(layer).__name__,
                 False,
                 False,
-                outputs=why_unquantized(layer, outputs, placed(name, layer), self._decisions),
+                outputs=why(name, layer, outputs),
             )
             for name, (layer, outputs) in units.items()
             if outputs and name not in model.activation_quantizers
