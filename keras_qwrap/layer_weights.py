@@ -124,7 +124,7 @@ ALIASES: dict[str | type, Mapping[str, str]] = {
     "MultiHeadAttention": _ATTENTION,
     "GroupedQueryAttention": _ATTENTION,
 }
-"""A class as in `ROWS` -> short first part of a path -> attribute."""
+"""A class as in `ROWS` -> short name in a path -> attribute."""
 
 
 def _keys(layer: keras.Layer) -> list[str | type]:
@@ -147,12 +147,12 @@ def find_row(layer: keras.Layer) -> tuple[str, Row] | None:
     return None
 
 
-def resolve_alias(layer: keras.Layer, first: str) -> str:
-    """The attribute that `first`, the first part of a weight path, stands for; often itself."""
-    for key in _keys(layer):
-        if first in ALIASES.get(key, {}):
-            return ALIASES[key][first]
-    return first
+def aliases_of(layer: keras.Layer) -> dict[str, str]:
+    """The short names of a layer's attributes in paths -> the attributes."""
+    found: dict[str, str] = {}
+    for key in reversed(_keys(layer)):
+        found |= ALIASES.get(key, {})
+    return found
 
 
 def register_layer_weights(
@@ -170,7 +170,7 @@ def register_layer_weights(
         weights: weight path -> the axis or axes that are kept, those of the output channels, or
             None for one range for the whole weight. Paths may lead to layers inside, as in
             `"dense/kernel"`; all weights of the class that are not named stay float.
-        aliases: short names for the first part of a path -> attribute.
+        aliases: short names in paths -> attribute; a layer inside is shown by its short name.
 
     Raises:
         TypeError, ValueError: no layer class, a path that is no string or is empty, axes that are

@@ -37,7 +37,7 @@ from keras_qwrap.quantizers.ste import STEActivationQATQuantizer
 from keras_qwrap.range_search import weights_threshold
 from keras_qwrap.recipes import Decision, Recipe, as_recipe
 from keras_qwrap.remaking import loads_by_itself
-from keras_qwrap.rules import Place
+from keras_qwrap.rules import FLOAT, Place, Rule
 from keras_qwrap.specs import (
     ActivationSpec,
     WeightsSpec,
@@ -47,7 +47,7 @@ from keras_qwrap.specs import (
 from keras_qwrap.streams import batches
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
-from keras_qwrap.supported import check_supported
+from keras_qwrap.supported import refusal
 from keras_qwrap.tensors import to_numpy
 from keras_qwrap.weight_paths import (
     default_weights,
@@ -55,6 +55,7 @@ from keras_qwrap.weight_paths import (
     follow,
     variables_of_weights,
     weight_paths,
+    weight_reason,
 )
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
@@ -72,7 +73,8 @@ def quantize_model(
 
     Every layer whose weights are quantized or whose output is, is a `KerasQuantizationWrapper` of
     the same name in the new model; inputs and functions between layers have a
-    `KerasActivationQuantizationHolder` behind them, `<name>_quantizer`. Behind a function that
+    `KerasActivationQuantizationHolder` behind them, `<name>_quantizer` (`input_quantizer` where an
+    input has no name). Behind a function that
     makes an output of the model it has the function's name, so that `output_names` are the same,
     and the function is `<name>_unquantized`. Weights are copied, layers stay shared, and
     `model` is left as it is. Activation ranges come from `calibration_data`, from a later
@@ -119,7 +121,9 @@ def quantize_model(
     if recipe.fold_batch_norm:
         model = fold_batch_norm(model)
     if is_graph(model):
-        new = _GraphQuantizer(model, recipe).copy_model(model)
+        quantizer = _GraphQuantizer(model, recipe)
+        new = quantizer.copy_model(model)
+        _warn_of_rules_in_vain(quantizer.planned, quantizer.quantized)
     else:
         new = _quantize_subclassed(model, recipe, example)
     if recipe.bias_correction:
@@ -175,12 +179,29 @@ def ordered_nodes(model: keras.Model) -> list[GraphNode]:
     return list(ordered.values())
 
 
+_UNNAMED = re.compile(r"(input_layer|keras_tensor)(_\d+)?")
+
+
+def input_names(model: keras.Model) -> list[str]:
+    """What the inputs of a graph are called: as the user does, else `input`, `input_1`, ...
+
+    Keras counts the inputs that have no name in a whole process, so that its own names for them
+    differ from run to run.
+    """
+    names = [input_layer(tensor).name for tensor in model.inputs]
+    taken = {operation.name for operation in getattr(model, "operations", model.layers)}
+    tries = (f"input_{number}" if number else "input" for number in itertools.count())
+    free = (name for name in tries if name not in taken)
+    return [next(free) if _UNNAMED.fullmatch(name) else name for name in names]
+
+
 def _places(
     model: keras.Model, graphs: dict[int, keras.Model], around: tuple[Place, ...] = ()
 ) -> Iterator[Place]:
     """Layers and functions of a graph in order of execution; a nested model's, where it stands."""
     graphs[id(model)] = model
-    nodes = [(input_layer(tensor), input_layer(tensor).name) for tensor in model.inputs]
+    inputs = map(input_layer, model.inputs)
+    nodes = list(zip(inputs, input_names(model), strict=True))
     nodes += [(unwrapped(n.operation), n.operation.name) for n in ordered_nodes(model)]
     for operation, name in nodes:
         place = Place(operation, f"{around[-1].path}/{name}" if around else name, around)
@@ -216,8 +237,19 @@ def _place_inside(
     return Place(layer, f"{prefix}{path}", around)
 
 
-def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision], list[keras.Model]]:
-    """What a recipe says of each layer and function of a graph, by `id`; and the nested graphs.
+Planned = list[tuple[Place, Decision]]
+"""Layers in order, and what a recipe says of each."""
+
+
+def by_id(planned: Planned) -> dict[int, Decision]:
+    """What is decided of each layer, by its `id`."""
+    return {id(place.layer): decision for place, decision in planned}
+
+
+def plan_graph(
+    model: keras.Model, recipe: Recipe
+) -> tuple[Planned, dict[int, Decision], list[keras.Model]]:
+    """What a recipe says of each layer of a graph, and of functions too, by `id`; nested graphs.
 
     It says the same of a float model and of what was made of it: a wrapper stands for its layer,
     and holders do not count. Functions between layers follow no rule.
@@ -226,14 +258,15 @@ def plan_graph(model: keras.Model, recipe: Recipe) -> tuple[dict[int, Decision],
     found: dict[int, Place] = {}
     for place in _places(model, graphs):
         found.setdefault(id(place.layer), place)
-    layers = {
-        key: place
-        for key, place in found.items()
+    layers = [
+        place
+        for place in found.values()
         if isinstance(place.layer, keras.Layer)
         and not isinstance(place.layer, KerasActivationQuantizationHolder)
-    }
-    decisions = dict(zip(layers, recipe.plan(list(layers.values())), strict=True))
-    return dict.fromkeys(found, recipe.decide(None)) | decisions, list(graphs.values())
+    ]
+    planned = list(zip(layers, recipe.plan(layers), strict=True))
+    decisions = dict.fromkeys(found, recipe.decide(None)) | by_id(planned)
+    return planned, decisions, list(graphs.values())
 
 
 Units = dict[str, tuple[keras.Layer, list[keras.KerasTensor]]]
@@ -249,11 +282,67 @@ def units_in(model: keras.Model, example: Example | None) -> Units:
     return {path: (layers[path], outputs.get(path, [])) for path in [*outputs, *layers]}
 
 
-def plan_units(model: keras.Model, units: Units, recipe: Recipe) -> dict[int, Decision]:
-    """What a recipe says of each of the inner layers of a subclassed model, by `id`."""
+def plan_units(model: keras.Model, units: Units, recipe: Recipe) -> Planned:
+    """What a recipe says of each of the inner layers of a subclassed model."""
     places = [_place_inside(model, path, layer) for path, (layer, _) in units.items()]
-    plan = recipe.plan(places)
-    return {id(place.layer): decision for place, decision in zip(places, plan, strict=True)}
+    return list(zip(places, recipe.plan(places), strict=True))
+
+
+def _places_by_rule(planned: Planned) -> list[tuple[Rule, list[Place]]]:
+    """The rules that decide about anything, and about what."""
+    found: dict[int, tuple[Rule, list[Place]]] = {}
+    for place, decision in planned:
+        if decision.rule:
+            found.setdefault(id(decision.rule), (decision.rule, []))[1].append(place)
+    return list(found.values())
+
+
+def _asks_for_weights(rule: Rule, places: list[Place]) -> bool:
+    """Whether a rule wants weights quantized, of layers that have any for that."""
+    asks = isinstance(rule.weights, WeightsSpec)
+    return asks and any(default_weights(place.layer) for place in places)
+
+
+def weights_in_vain(planned: Planned) -> dict[int, str]:
+    """Why rules that ask to quantize weights, by their `id`, have no effect on any.
+
+    Where layers have no weights at all, and the rule asks for activations too, nothing is missing.
+    """
+    return {
+        id(rule): f"{rule} has no effect on weights: {_listed(places)} no weight that is ever "
+        f"quantized ({refusal(places[0].layer) or weight_reason(places[0].layer)})"
+        for rule, places in _places_by_rule(planned)
+        if isinstance(rule.weights, WeightsSpec)
+        and not _asks_for_weights(rule, places)
+        and (any(place.layer.weights for place in places) or rule.activations in (None, FLOAT))
+    }
+
+
+def _listed(places: list[Place]) -> str:
+    names = [f"'{place.path}'" for place in places[:4]]
+    rest = [f"{len(places) - 4} more"] if places[4:] else []
+    return f"{', '.join(names + rest)} {'have' if places[1:] else 'has'}"
+
+
+def _warn_of_rules_in_vain(planned: Planned, quantized: set[int]) -> None:
+    """Say which rules ask for what they cannot have.
+
+    `quantized` holds the `id` of each layer whose outputs have a quantizer. A rule that has an
+    effect on weights may ask for activations that are quantized behind another layer.
+    """
+    vain = weights_in_vain(planned)
+    for rule, places in _places_by_rule(planned):
+        text = vain.get(id(rule), "")
+        asks = isinstance(rule.activations, ActivationSpec) and not _asks_for_weights(rule, places)
+        if asks and not any(id(place.layer) in quantized for place in places):
+            text = f"{text}, and" if text else str(rule)
+            text += (
+                f" has no effect on activations: {_listed(places)} no quantizer behind it; the "
+                "activations are quantized behind other layers, keep the grid that they have, or "
+                "are no floats"
+            )
+        if text:
+            warn(f"{text}. `quantization_report(model, recipe)` says what is done instead.")
 
 
 def decided_weights(layer: keras.Layer, decisions: Mapping[int, Decision]) -> dict[int, Decision]:
@@ -317,12 +406,10 @@ def _output_quantizer(spec: ActivationSpec, output: OutputRange) -> BaseKerasTra
 
 def _is_supported(layer: keras.Layer) -> bool:
     """Whether a layer can be wrapped; says what is left in float if not."""
-    try:
-        check_supported(layer)
-    except ValueError as error:
-        warn(f"Layer '{layer.name}' is left in float. {error}")
-        return False
-    return True
+    why = refusal(layer)
+    if why:
+        warn(f"Layer '{layer.name}' is left in float. {why}")
+    return not why
 
 
 class _GraphQuantizer(Copier):
@@ -332,7 +419,8 @@ class _GraphQuantizer(Copier):
         super().__init__()
         self._model = model
         self._outputs: dict[int, list[OutputRange]] = {}
-        self._decisions, graphs = plan_graph(model, recipe)
+        self.planned, self._decisions, graphs = plan_graph(model, recipe)
+        self.quantized: set[int] = set()
         for graph in graphs:
             self._outputs |= output_ranges(graph)
         self._exact = exact_inputs(model)
@@ -354,6 +442,7 @@ class _GraphQuantizer(Copier):
         activations = []
         if decision.activations:
             activations = [_output_quantizer(decision.activations, output) for output in outputs]
+        self.quantized |= {id(layer)} if activations else set()
         return KerasQuantizationWrapper(copy, weights, activations)
 
     def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
@@ -384,11 +473,11 @@ class _GraphQuantizer(Copier):
     def new_inputs(self, model: keras.Model) -> Any:
         inputs = super().new_inputs(model)
         if model is self._model:
-            olds = keras.tree.flatten(model.input)
-            for old, new in zip(olds, keras.tree.flatten(inputs), strict=True):
+            news = keras.tree.flatten(inputs)
+            for old, new, name in zip(model.inputs, news, input_names(model), strict=True):
                 spec = self._input_spec(old)
                 if spec:
-                    holder = self._holder(f"{new.name}_quantizer", spec, model.trainable)
+                    holder = self._holder(f"{name}_quantizer", spec, model.trainable)
                     self._held[id(new)] = holder(new)
         return inputs
 
@@ -397,13 +486,16 @@ class _GraphQuantizer(Copier):
         spec = self._input_spec(model.inputs[0]) if model is self._model else None
         if spec is None:
             return layers
-        name = f"{model.inputs[0].name}_quantizer"
+        name = f"{input_names(model)[0]}_quantizer"
         return [self._holder(name, spec, model.trainable), *layers]
 
     def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
         if not can_be_quantized(tensor) or id(tensor) in self._exact:
             return None
-        return self._decisions[id(input_layer(tensor))].activations
+        layer = input_layer(tensor)
+        spec = self._decisions[id(layer)].activations
+        self.quantized |= {id(layer)} if spec else set()
+        return spec
 
     def _holder(
         self,
@@ -476,7 +568,8 @@ def _quantize_subclassed(
 ) -> keras.Model:
     """The quantized copy of a model without graph."""
     units = units_in(model, example)
-    decisions = plan_units(model, units, recipe)
+    planned = plan_units(model, units, recipe)
+    decisions = by_id(planned)
     weights = _weights_quantizers(model, decisions)
     activations: dict[str, list[BaseKerasTrainableQuantizer]] = {}
     for path, (layer, outputs) in units.items():
@@ -487,6 +580,7 @@ def _quantize_subclassed(
         if wanted and outputs and floats and apart:
             kind = output_range(layer)
             activations[path] = [_output_quantizer(wanted, kind) for _ in outputs]
+    _warn_of_rules_in_vain(planned, {id(units[path][0]) for path in activations})
     new = QuantizedModel(model, weights, activations, example=example)
     carry_compiled(model, new)
     return new

@@ -173,7 +173,8 @@ def quantization_report(
     """
     check_built(model)
     given = None if recipe is None else as_recipe(recipe)
-    return QuantizationReport(model.name, rows_of(model, given), _notes(model))
+    rows, vain = rows_of(model, given)
+    return QuantizationReport(model.name, rows, (*_notes(model), *vain))
 
 
 def _notes(model: keras.Model) -> tuple[str, ...]:
@@ -212,7 +213,9 @@ def _text(report: QuantizationReport) -> list[str]:
             floats.setdefault(weight.reason, []).append(f"{layer.path}: {weight.path}")
         if layer.outputs and layer.outputs.fused_into:
             into = " and ".join(layer.outputs.fused_into)
-            outputs.setdefault(_FUSED, []).append(f"{layer.path} -> {into}")
+            _, *despite = layer.outputs.reason.partition("; ")
+            reason = _FUSED + "".join(despite)
+            outputs.setdefault(reason, []).append(f"{layer.path} -> {into}")
         elif layer.outputs:
             outputs.setdefault(layer.outputs.reason, []).append(layer.path)
     totals = report.totals

@@ -22,9 +22,10 @@ from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Decision
 from keras_qwrap.report_rows import UnquantizedOutputs
+from keras_qwrap.specs import ActivationSpec, WeightsSpec
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
-from keras_qwrap.supported import check_supported
+from keras_qwrap.supported import refusal
 from keras_qwrap.weight_paths import (
     default_weights,
     own_weights,
@@ -53,17 +54,35 @@ class WeightReasons:
                 self._owners.setdefault(id(variable), inner)
 
     def why(self, variable: keras.Variable) -> str:
-        """In a few words."""
+        """In a few words; with the rule that asks for something else, where one does."""
+        decision = self._decided.get(id(variable))
+        asks = decision and decision.rule and isinstance(decision.rule.weights, WeightsSpec)
+        has_effect = any(self._decided.get(key) is decision for key in self._default)
+        vain = asks and (self._refusal or not has_effect)
+        return self._why(variable, decision) + (_despite(decision) if vain else "")
+
+    def _why(self, variable: keras.Variable, decision: Decision | None) -> str:
         if "float" not in variable.dtype:
             return f"its dtype is {variable.dtype}"
         if self._refusal:
             return self._refusal
         if id(variable) in self._default:
-            decision = self._decided.get(id(variable))
             return decision.reason if decision and not decision.weights else self._usual
         owner = self._owners.get(id(variable), self._layer)
         decided_outside = owner is not self._layer and id(variable) in _default_ids(owner)
         return weight_reason(self._layer if decided_outside else owner)
+
+
+def _despite(decision: Decision | None) -> str:
+    return f"; rule {decision.rule} has no effect on it" if decision else ""
+
+
+def despite_rule(outputs: UnquantizedOutputs, decision: Decision | None) -> UnquantizedOutputs:
+    """Why outputs have no quantizer, with the rule that asks for one, where one does."""
+    asks = decision and decision.rule and isinstance(decision.rule.activations, ActivationSpec)
+    if not asks or outputs.reason == _NOT_GIVEN:
+        return outputs
+    return replace(outputs, reason=outputs.reason + _despite(decision))
 
 
 def _default_ids(layer: keras.Layer) -> set[int]:
@@ -73,11 +92,8 @@ def _default_ids(layer: keras.Layer) -> set[int]:
 
 
 def _refusal(layer: keras.Layer) -> str:
-    try:
-        check_supported(layer)
-    except ValueError as error:
-        return f"cannot be wrapped: {error}"
-    return ""
+    why = refusal(layer)
+    return f"cannot be wrapped: {why}" if why else ""
 
 
 def outputs_in_graph(
@@ -116,7 +132,8 @@ def outputs_in_graph(
                 placed = _read_exactly(exact.get(id(node.outputs[0]), []))
             placed = _fused(fused.get(id(inner), [])) or placed
             outputs = [computed.get(id(tensor), tensor) for tensor in node.outputs]
-            found[id(operation)] = why_unquantized(inner, outputs, placed, decisions)
+            why = why_unquantized(inner, outputs, placed, decisions)
+            found[id(operation)] = despite_rule(why, decisions.get(id(inner)))
     return found
 
 

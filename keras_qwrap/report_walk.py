@@ -8,13 +8,22 @@ import numpy as np
 
 from keras_qwrap.copying import is_graph
 from keras_qwrap.errors import bad_value
-from keras_qwrap.quantize import ordered_nodes, plan_graph, plan_units, units_in
+from keras_qwrap.quantize import (
+    by_id,
+    input_names,
+    ordered_nodes,
+    plan_graph,
+    plan_units,
+    units_in,
+    weights_in_vain,
+)
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
 from keras_qwrap.recipes import Recipe
 from keras_qwrap.report_reasons import (
     Decisions,
     WeightReasons,
+    despite_rule,
     on_grid_of_weights,
     outputs_in_graph,
     why_unquantized,
@@ -32,8 +41,10 @@ from keras_qwrap.substitution import input_layer, sublayers
 from keras_qwrap.weight_paths import variables_of_weights, weight_paths
 
 
-def rows_of(model: keras.Model, recipe: Recipe | None) -> tuple[LayerReport, ...]:
-    """The rows of a built model's report, in order of execution.
+def rows_of(
+    model: keras.Model, recipe: Recipe | None
+) -> tuple[tuple[LayerReport, ...], tuple[str, ...]]:
+    """The rows of a built model's report, in order of execution; and which rules ask in vain.
 
     Raises:
         ValueError: the recipe does not fit the model, or the model is of no kind that
@@ -48,7 +59,7 @@ def rows_of(model: keras.Model, recipe: Recipe | None) -> tuple[LayerReport, ...
         )
     walk = _Walk(recipe)
     walk.visit(model, "")
-    return tuple(walk.rows)
+    return tuple(walk.rows), tuple(walk.notes)
 
 
 class _Walk:
@@ -56,6 +67,7 @@ class _Walk:
 
     def __init__(self, recipe: Recipe | None) -> None:
         self.rows: list[LayerReport] = []
+        self.notes: list[str] = []
         self._recipe = recipe
         self._decisions: Decisions = {}
         self._outputs: dict[int, UnquantizedOutputs] = {}
@@ -72,11 +84,12 @@ class _Walk:
         units = self._units(operation, path) if isinstance(operation, QuantizedModel) else []
         if is_graph(operation):
             if self._recipe is not None and not path:
-                self._decisions, _ = plan_graph(operation, self._recipe)
+                planned, self._decisions, _ = plan_graph(operation, self._recipe)
+                self.notes += weights_in_vain(planned).values()
             self._outputs |= outputs_in_graph(operation, not path, self._decisions)
         if isinstance(operation, keras.Model) or _holds_quantizers(operation):
-            for child in _children(operation):
-                self.visit(child, f"{path}/{child.name}" if path else child.name)
+            for name, child in _children(operation):
+                self.visit(child, f"{path}/{name}" if path else name)
         floats = self._left_in_float(operation, {})
         outputs = self._outputs.get(id(operation))
         if floats or outputs:
@@ -89,11 +102,17 @@ class _Walk:
         """Rows of the inner layers whose outputs have no quantizer."""
         units = units_in(model.model, model.inner_example())
         if self._recipe is not None and not path:
-            self._decisions = plan_units(model.model, units, self._recipe)
+            planned = plan_units(model.model, units, self._recipe)
+            self._decisions = by_id(planned)
+            self.notes += weights_in_vain(planned).values()
 
         def placed(name: str, layer: keras.Layer) -> UnquantizedOutputs | None:
             quantized = any(weight.startswith(f"{name}/") for weight in model.weights_quantizers)
             return on_grid_of_weights(layer) if quantized else None
+
+        def why(name: str, layer: keras.Layer, outputs: list) -> UnquantizedOutputs:
+            found = why_unquantized(layer, outputs, placed(name, layer), self._decisions)
+            return despite_rule(found, self._decisions.get(id(layer)))
 
         return [
             LayerReport(
@@ -101,7 +120,7 @@ class _Walk:
                 type(layer).__name__,
                 False,
                 False,
-                outputs=why_unquantized(layer, outputs, placed(name, layer), self._decisions),
+                outputs=why(name, layer, outputs),
             )
             for name, (layer, outputs) in units.items()
             if outputs and name not in model.activation_quantizers
@@ -159,13 +178,14 @@ def _holds_quantizers(operation: Any) -> bool:
     return any(isinstance(inner, QuantizingLayer) for inner in inside)
 
 
-def _children(layer: keras.Layer) -> list[Any]:
-    """What is inside a layer, but not inside one of these; a graph's in order of execution."""
+def _children(layer: keras.Layer) -> list[tuple[str, Any]]:
+    """What is inside a layer by name, not inside one of these; a graph's in order of execution."""
     if is_graph(layer):
-        inputs = [input_layer(tensor) for tensor in layer.inputs]
-        return [*inputs, *(node.operation for node in ordered_nodes(layer)), *layer.layers]
+        inputs = list(zip(input_names(layer), map(input_layer, layer.inputs), strict=True))
+        operations = [node.operation for node in ordered_nodes(layer)]
+        return inputs + [(part.name, part) for part in (*operations, *layer.layers)]
     if isinstance(layer, keras.Model):
-        return layer.layers
+        return [(part.name, part) for part in layer.layers]
     inside = [part for part in sublayers(layer) if part is not layer]
     deeper = {id(part) for child in inside for part in sublayers(child) if part is not child}
-    return [child for child in inside if id(child) not in deeper]
+    return [(child.name, child) for child in inside if id(child) not in deeper]

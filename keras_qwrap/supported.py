@@ -39,6 +39,15 @@ def check_supported(layer: keras.Layer) -> None:
     refuse_raw_variables(layer)
 
 
+def refusal(layer: keras.Layer) -> str:
+    """Why a layer cannot be wrapped; "" where it can."""
+    try:
+        check_supported(layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _has_traced_function(layer: keras.Layer) -> bool:
     classes = [cls for cls in type(layer).__mro__ if is_of_user(cls)]
     members = [member for cls in classes for member in vars(cls).values()]

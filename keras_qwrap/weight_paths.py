@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.layer_weights import Axes, Row, find_row, resolve_alias
+from keras_qwrap.layer_weights import Axes, Row, aliases_of, find_row
 from keras_qwrap.remaking import check_layers_alike, check_values_alike
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.tensors import to_numpy, variable_of
@@ -22,6 +22,8 @@ def variables_of_weights(layer: keras.Layer) -> list[keras.Variable]:
 
 def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
     """Every variable of a built layer by the shortest attribute path that leads to it.
+
+    Layers inside that have an alias (see `layer_weights`) go by it.
 
     Example:
 
@@ -86,8 +88,11 @@ def _children(parent: Any) -> list[tuple[str, Any]]:
     attributes = dict(vars(parent)) | dict(getattr(parent, "_modules", {}))
     if isinstance(parent, keras.Model) and isinstance(getattr(parent, "layers", None), list):
         attributes["layers"] = parent.layers
+    aliases = aliases_of(parent) if isinstance(parent, keras.Layer) else {}
+    named = [(alias, _get(parent, attribute)) for alias, attribute in aliases.items()]
+    short = {id(inside): alias for alias, inside in named if isinstance(inside, keras.Layer)}
     return [
-        (_public_name(parent, name, child), child)
+        (short.get(id(child)) or _public_name(parent, name, child), child)
         for name, child in attributes.items()
         if name not in _BOOKKEEPING
     ]
@@ -118,10 +123,10 @@ def _get(parent: Any, part: str) -> Any:
 
 def follow(layer: keras.Layer, path: str) -> Any:
     """What `path` leads to, None where that is nothing."""
-    first, *rest = path.split("/")
     found: Any = layer
-    for part in [resolve_alias(layer, first), *rest]:
-        found = _get(found, part)
+    for part in path.split("/"):
+        aliases = aliases_of(found) if isinstance(found, keras.Layer) else {}
+        found = _get(found, aliases.get(part, part))
     return found
 
 
@@ -130,8 +135,8 @@ def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
 
     Args:
         layer: a built layer.
-        path: attributes, list indices and dictionary keys joined by `/`; the first part may be one
-            of the layer's aliases (see `layer_weights`).
+        path: attributes, list indices and dictionary keys joined by `/`; an attribute may go by
+            its alias (see `layer_weights`).
 
     Raises:
         ValueError: there is no such weight; the message lists those that exist.

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from layer_cases import Composite, Listed, Scale, floats
-from reference import refused
+from layer_cases import Composite, Listed, Scale, floats, weight
+from reference import refused, to_numpy
 
+import keras_qwrap as qi
 from keras_qwrap.weight_paths import default_weights, find_weight, weight_paths
 
 
@@ -35,7 +36,7 @@ TOKENS = np.array([[0, 5, 2], [2, 1, 4], [3, 3, 0]], "int32")
 KERNEL, CELL = {"kernel": -1}, {"kernel": -1, "recurrent_kernel": -1}
 RNN_CELL = {f"cell/{path}": axis for path, axis in CELL.items()}
 SEPARABLE = {"depthwise_kernel": (-2, -1), "pointwise_kernel": -1}
-ATTENTION = {f"{name}_dense/kernel": (1, 2) for name in ("query", "key", "value")}
+ATTENTION = {f"{name}/kernel": (1, 2) for name in ("query", "key", "value")}
 
 
 def conv_lstm_cell():
@@ -167,13 +168,13 @@ CASES = [
         "multi_head_attention",
         lambda: layers.MultiHeadAttention(2, 3),
         [floats(*SERIES), floats(*SERIES)],
-        ATTENTION | {"output_dense/kernel": 2},
+        ATTENTION | {"output/kernel": 2},
     ),
     Case(
         "group_query_attention",
         lambda: layers.GroupQueryAttention(2, 4, 2),
         [floats(*SERIES), floats(*SERIES)],
-        {f"_{path}": axes for path, axes in ATTENTION.items()} | {"_output_dense/kernel": 2},
+        ATTENTION | {"output/kernel": 2},
     ),
     Case("spectral", lambda: layers.SpectralNormalization(layers.Dense(2)), [floats(*FLAT)], {}),
     Case("batch_normalization", layers.BatchNormalization, [floats(*FLAT)], {}),
@@ -295,3 +296,80 @@ def test_kept_axes_are_those_of_the_output_channels(case, random):
         gates = len(hit) // number
         assert sorted(hit) == sorted(list(range(number)) * gates)
         assert gates == 1 or case.name.endswith("cell")
+
+
+ATTENTION_NAMES = [
+    f"{part}/{weight}"
+    for part in ("key", "output", "query", "value")
+    for weight in ("bias", "kernel")
+]
+
+
+def attention(cls):
+    layer = (
+        layers.MultiHeadAttention(2, 3) if cls == "multi" else layers.GroupQueryAttention(4, 2, 2)
+    )
+    layer.build((None, 5, 4), (None, 5, 4))
+    return layer
+
+
+@pytest.mark.parametrize("cls", ["multi", "group"])
+def test_weights_of_attention_go_by_their_short_names(cls):
+    """In lists, in the report, and in what is saved; the attributes themselves name them too."""
+    layer = attention(cls)
+    assert list(weight_paths(layer)) == ATTENTION_NAMES
+    for name in ATTENTION_NAMES:
+        part, weight = name.split("/")
+        for path in (name, f"{part}_dense/{weight}", f"_{part}_dense/{weight}"):
+            assert find_weight(layer, path) is weight_paths(layer)[name]
+    refused(ValueError, lambda: find_weight(layer, "kernel"), ", ".join(ATTENTION_NAMES))
+    inputs = keras.Input((5, 4), name="in")
+    model = keras.Model(inputs, attention(cls)(inputs, inputs))
+    quantized = qi.quantize_model(model, "w4")
+    report = qi.quantization_report(quantized)
+    kernels = [name for name in ATTENTION_NAMES if name.endswith("kernel")]
+    (row,) = [row for row in report.layers if row.weights]
+    assert [weight.path for weight in row.weights] == kernels
+    assert sorted(weight.path for weight in row.left_in_float) == [
+        name for name in ATTENTION_NAMES if name.endswith("bias")
+    ]
+    assert list(quantized.layers[-1].get_codes()) == kernels
+
+
+class Attending(keras.Model):
+    """With attention inside a list and a bidirectional layer beside it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [attention("multi")]
+
+    def call(self, inputs):
+        return self.parts[0](inputs, inputs)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+def test_short_names_work_anywhere_in_a_path():
+    model = Attending()
+    model(keras.ops.zeros((1, 5, 4)))
+    assert list(weight_paths(model)) == [f"parts/0/{name}" for name in ATTENTION_NAMES]
+    for path in ("parts/0/query/kernel", "parts/0/query_dense/kernel"):
+        quantizer = weight(8)
+        quantized = qi.QuantizedModel(model, {path: quantizer})
+        assert list(quantized.get_codes()) == [path]
+        assert quantized.get_codes()[path][0].shape == (4, 2, 3)
+
+
+def test_paths_of_files_that_hold_the_attributes_names(tmp_path):
+    """Those that were saved before the short names were shown keep their own."""
+    inputs = keras.Input((5, 4), name="in")
+    old = {f"{name}_dense/kernel": weight(4, axis=(1, 2)) for name in ("query", "key")}
+    wrapper = qi.KerasQuantizationWrapper(attention("multi"), old)
+    model = keras.Model(inputs, wrapper(inputs, inputs))
+    for each in (model, qi.convert_to_inferable(model)):
+        each.save(tmp_path / "model.keras")
+        again = keras.models.load_model(tmp_path / "model.keras")
+        assert list(again.layers[-1].get_codes()) == sorted(old)
+        x = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
+        np.testing.assert_array_equal(to_numpy(again(x)), to_numpy(each(x)))

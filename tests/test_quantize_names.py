@@ -124,3 +124,70 @@ def test_unwrapping_gives_functions_their_names_back(random):
         assert [op.name for op in plain.operations] == [op.name for op in model.operations]
         assert plain.output_names == model.output_names
         plain.fit(x, dict.fromkeys(model.output_names, np.zeros((16, 2))), verbose=0)
+
+
+def unnamed_sequential():
+    return keras.Sequential([keras.Input((6,)), layers.Dense(2, name="dense")], name="model")
+
+
+def built_sequential():
+    model = keras.Sequential([layers.Dense(2, name="dense")], name="model")
+    model.build((None, 6))
+    return model
+
+
+def of_inputs(*names, layer="dense"):
+    inputs = [keras.Input((6,), name=name) for name in names]
+    outputs = layers.Dense(2, name=layer)(layers.Concatenate(name="all")(inputs * 2))
+    return keras.Model(inputs, outputs, name="model")
+
+
+UNNAMED = [
+    (unnamed_sequential, ["input"]),
+    (built_sequential, ["input"]),
+    (lambda: of_inputs(None), ["input"]),
+    (lambda: of_inputs(None, None), ["input", "input_1"]),
+    (lambda: of_inputs("mine", None), ["mine", "input"]),
+    (lambda: of_inputs("input", None), ["input", "input_1"]),
+    (lambda: of_inputs(None, None, layer="input"), ["input_1", "input_2"]),
+    (lambda: of_inputs("input_layers"), ["input_layers"]),
+]
+
+
+@pytest.mark.parametrize(("make", "names"), UNNAMED)
+def test_inputs_without_a_name_are_called_the_same_in_every_run(make, names):
+    """Keras counts them in the whole process; what stands behind them, and the report, do not."""
+    for _ in range(2):
+        model = make()
+        quantized = qi.quantize_model(model, "w8a8")
+        holders = [layer.name for layer in quantized.layers if isinstance(layer, Holder)]
+        assert holders[: len(names)] == [f"{name}_quantizer" for name in names]
+        for each in (model, qi.quantize_model(model, "w8")):
+            rows = qi.quantization_report(each).layers
+            assert [row.path for row in rows if row.class_name == "InputLayer"] == names
+        assert quantized.get_layer("dense" if names[0] != "input_1" else "input").built
+
+
+def test_inputs_of_models_inside_are_called_the_same_in_every_run():
+    for _ in range(2):
+        model = keras.Sequential([keras.Input((6,)), unnamed_sequential()])
+        rows = qi.quantization_report(model, "w8").layers
+        assert [row.path for row in rows if row.outputs] == ["input", "model/dense"]
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_rules_name_an_input_as_the_report_does_or_as_keras_does(generated):
+    model = of_inputs(None, None)
+    name = model.inputs[1]._keras_history.operation.name if generated else "input_1"
+    rule = qi.Rule.leave_in_float(name=name)
+    recipe = qi.Recipe.from_preset("w8a8", rules=[rule])
+    quantized = qi.quantize_model(model, recipe)
+    assert [x.name for x in quantized.layers if isinstance(x, Holder)] == ["input_quantizer"]
+    (row,) = [r for r in qi.quantization_report(quantized, recipe).layers if r.path == "input_1"]
+    assert row.outputs.reason == f"rule {rule}: weights and activations stay in float"
+
+
+def test_calibration_names_an_input_without_a_name(random):
+    quantized = qi.quantize_model(unnamed_sequential(), "w8a8")
+    found = qi.calibrate(quantized, rows(random), {"input_quantizer": "minmax"}, verbose=0)
+    assert list(found) == ["input_quantizer", "dense"]

@@ -389,3 +389,145 @@ def test_a_recipe_that_does_not_fit_is_refused():
         quantization_report(network(), Recipe(rules=[Rule.leave_in_float(name="absent")]))
     with pytest.raises(TypeError, match="expected a preset, a Recipe or its config"):
         quantization_report(network(), 8)
+
+
+def in_vain():
+    """A network with each kind of layer whose weights, or outputs, are never quantized."""
+    inputs = keras.Input((6, 6, 2), name="image")
+    tensor = layers.Conv2D(3, 3, name="conv")(inputs)
+    tensor = layers.BatchNormalization(name="norm")(tensor)
+    tensor = layers.ReLU(name="relu")(tensor)
+    tensor = layers.Dropout(0.5, name="drop")(tensor)
+    tensor = layers.PReLU(name="slopes")(layers.Conv2D(3, 1, name="side")(tensor))
+    tensor = layers.LayerNormalization(name="scaled")(tensor)
+    tensor = layers.Dense(3, name="head")(layers.Flatten(name="flat")(tensor))
+    return keras.Model(inputs, tensor, name="network")
+
+
+W4, A4 = qi.WeightsSpec(4), qi.ActivationSpec(4)
+BN = "BatchNormalization: normalization: scale, offset and statistics are small"
+VAIN = [
+    ({"name": "norm", "weights": W4}, f"on weights: 'norm' has no weight .*{BN}"),
+    ({"layer_class": "BatchNormalization", "weights": W4}, "on weights: 'norm' has no weight"),
+    ({"name": "slopes", "weights": W4}, "on weights: .*PReLU: slopes are part of"),
+    ({"name": "drop", "weights": W4}, "on weights: .*Dropout has no weights of its own"),
+    ({"name": "relu", "weights": W4}, "on weights: .*ReLU has no weights of its own"),
+    ({"name": "image", "weights": W4}, "on weights: 'image' has no weight"),
+    ({"pattern": "norm|drop|scaled", "weights": W4}, "'norm', 'drop', 'scaled' have no weight"),
+    ({"name": "scaled", "weights": W4, "activations": A4}, "on weights: 'scaled' has no weight"),
+    (
+        {"name": "norm", "weights": W4, "activations": A4},
+        r"on weights: 'norm' .*, and has no effect on activations: 'norm' has no quantizer",
+    ),
+    ({"name": "conv", "activations": A4}, "on activations: 'conv' has no quantizer behind it"),
+    ({"name": "flat", "activations": A4}, "on activations: 'flat' has no quantizer behind it"),
+    ({"name": "flat", "weights": W4, "activations": A4}, "on activations: 'flat' has no quant"),
+]
+
+
+@pytest.mark.parametrize(("rule", "text"), VAIN)
+def test_a_rule_that_asks_for_what_is_never_quantized_warns_once_and_is_reported(rule, text):
+    rule = Rule(**rule)
+    recipe = Recipe.from_preset("w8a8", rules=[rule])
+    with pytest.warns(UserWarning, match=text) as caught:
+        quantized = quantize_model(in_vain(), recipe)
+    assert [str(warning.message).count(str(rule)) for warning in caught] == [1]
+    plain = quantize_model(in_vain(), "w8a8")
+    for each in (quantized, qi.convert_to_inferable(quantize_model(in_vain(), "w8"))):
+        report = quantization_report(each, recipe)
+        told = [row for row in report.to_dict()["layers"] if str(rule) in str(row)]
+        assert told or any(str(rule) in note for note in report.notes)
+        assert str(rule) in str(report).replace("\n", " ")
+    found, expected = quantization_report(quantized), quantization_report(plain)
+    assert found.totals == expected.totals
+
+
+REASONED = [
+    ({"name": "norm", "weights": W4}, "norm", f"{BN}, and rescale each channel", "weights"),
+    ({"name": "slopes", "weights": W4}, "slopes", "PReLU: slopes are part of", "weights"),
+    ({"pattern": ".*", "weights": W4}, "norm", BN, "weights"),
+    ({"layer_class": keras.Layer, "weights": W4}, "scaled", "LayerNormalization: ", "weights"),
+    ({"name": "conv", "activations": A4}, "conv", "fused into 'norm'", "outputs"),
+    ({"pattern": ".*", "activations": A4}, "flat", "as its input, whose grid", "outputs"),
+    ({"name": "conv", "weights": W4, "activations": A4}, "conv", "fused into", "outputs"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "reason", "of"), REASONED)
+@pytest.mark.filterwarnings("ignore:Rule.* has no effect")
+def test_the_reason_names_the_rule_that_has_no_effect(rule, path, reason, of):
+    rule = Rule(**rule)
+    recipe = Recipe.from_preset("w8a8", rules=[rule])
+    report = quantization_report(quantize_model(in_vain(), recipe), recipe)
+    (row,) = [row for row in report.layers if row.path == path]
+    found = {weight.reason for weight in row.left_in_float if weight.path != "bias"}
+    (found,) = {row.outputs.reason} if of == "outputs" else found
+    assert found.startswith(reason)
+    assert found.endswith(f"; rule {rule} has no effect on it")
+    biases = [w.reason for w in row.left_in_float if w.path == "bias"]
+    assert all(str(rule) not in text for text in biases)
+
+
+EFFECTIVE = [
+    {"pattern": ".*", "weights": W4, "activations": A4},
+    {"layer_class": keras.Layer, "weights": W4},
+    {"pattern": "conv|norm", "weights": W4},
+    {"name": "conv", "weights": W4, "activations": A4},
+    {"name": "relu", "weights": W4, "activations": A4},
+    {"name": "image", "activations": A4},
+    {"pattern": "norm|relu", "activations": A4},
+    {"name": "norm", "weights": "float"},
+    {"name": "flat"},
+]
+
+
+@pytest.mark.parametrize("rule", EFFECTIVE)
+def test_a_rule_that_has_an_effect_does_not_warn(rule):
+    recipe = Recipe.from_preset("w8a8", rules=[Rule(**rule)])
+    report = quantization_report(quantize_model(in_vain(), recipe), recipe)
+    assert report.notes == ()
+
+
+def test_rules_in_vain_of_models_without_a_graph():
+    class Net(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = layers.Dense(3)
+            self.norm = layers.BatchNormalization()
+            self.flat = layers.Flatten()
+
+        def call(self, inputs):
+            return self.flat(self.norm(self.dense(inputs)))
+
+        def get_config(self):
+            return {"name": self.name}
+
+    model = Net(name="net")
+    model(rows(4))
+    rules = [Rule(name="norm", weights=W4), Rule(name="flat", activations=A4)]
+    recipe = Recipe.from_preset("w8a8", rules=rules)
+    with pytest.warns(UserWarning, match="has no effect on") as caught:
+        quantized = quantize_model(model, recipe)
+    texts = [str(warning.message) for warning in caught]
+    assert [text.startswith(str(rule)) for text, rule in zip(texts, rules, strict=True)] == [1, 1]
+    report = quantization_report(quantized, recipe)
+    assert any(note.startswith(f"{rules[0]} has no effect on weights") for note in report.notes)
+    assert unquantized(report)["flat"].reason == (
+        f"as its input, whose grid it carries; rule {rules[1]} has no effect on it"
+    )
+    reasons = {w.path: w.reason for row in report.layers for w in row.left_in_float}
+    assert reasons["norm/gamma"].endswith(f"; rule {rules[0]} has no effect on it")
+    assert str(rules[0]) not in reasons["dense/bias"]
+
+
+def test_a_rule_for_weights_that_cannot_be_replaced():
+    model = in_vain()
+    model.get_layer("head").enable_lora(1)
+    rule = Rule(name="head", weights=W4)
+    recipe = Recipe.from_preset("w8", rules=[rule])
+    with pytest.warns(UserWarning, match="no effect on weights: 'head'.*without LoRA"):
+        quantized = quantize_model(model, recipe)
+    (row,) = [row for row in quantization_report(quantized, recipe).layers if row.path == "head"]
+    assert {w.reason.endswith(f"; rule {rule} has no effect on it") for w in row.left_in_float} == {
+        True
+    }
