@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from keras_qwrap.construction import Construction, sign
+from keras_qwrap.construction import Construction, copy_flags, shapes_of, sign
 from keras_qwrap.copying import has_graph, made_again
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.substitution import output_specs, sublayers
@@ -219,9 +219,7 @@ def copy_built(
         sequential = isinstance(model, keras.Sequential)
         construction.see_call((model.inputs[0] if sequential else model.input,), {})
     elif model.built:
-        config = _untracked(model.get_build_config() or {})
-        given = (config["input_shape"],) if "input_shape" in config else ()
-        construction.see_shapes(given, config.get("shapes_dict", {}))
+        construction.see_shapes(*shapes_of(model))
     else:
         return copy, None
     args, kwargs = construction.example or ((), {})
@@ -234,18 +232,9 @@ def copy_built(
             "`example=(args, kwargs)`, the arguments of a call, with their dtypes."
         ) from error
     if model.built:
-        _copy_flags(model, copy)
+        copy_flags(model, copy)
         copy_variables(model, copy)
     return copy, (args, kwargs)
-
-
-def _untracked(shapes: Any) -> Any:
-    """Plain lists and dictionaries in place of those that Keras tracks."""
-    if isinstance(shapes, dict):
-        return {key: _untracked(part) for key, part in shapes.items()}
-    if isinstance(shapes, list):
-        return [_untracked(part) for part in shapes]
-    return tuple(_untracked(part) for part in shapes) if isinstance(shapes, tuple) else shapes
 
 
 def _check_example(example: Any) -> tuple[tuple, dict]:
@@ -253,10 +242,3 @@ def _check_example(example: Any) -> tuple[tuple, dict]:
     if not pair or not isinstance(example[0], (tuple, list)) or not isinstance(example[1], Mapping):
         raise bad_type("example", example, "positional and keyword arguments", "Pass ((x,), {}).")
     return tuple(example[0]), dict(example[1])
-
-
-def _copy_flags(source: keras.Layer, target: keras.Layer) -> None:
-    """Make trainable in `target` what is in `source`; the flags are in no subclassed config."""
-    for old, new in zip(sublayers(source), sublayers(target), strict=False):
-        if old.trainable is not new.trainable:
-            new.trainable = old.trainable

@@ -30,7 +30,7 @@ from keras_qwrap.quantizing_layer import (
 )
 from keras_qwrap.substitution import sublayers
 from keras_qwrap.weight_paths import find_weight
-from keras_qwrap.wrapper import KerasQuantizationWrapper
+from keras_qwrap.wrapper import KerasQuantizationWrapper, layer_is_own
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -113,9 +113,13 @@ class QuantizedModel(keras.Model):
         super().__init__(dtype=policy, autocast=False, **{"name": model.name, **kwargs})
         sign(self.build, inspect.signature(model.build))
         self.supports_masking = model.supports_masking
-        self.wrapper = KerasQuantizationWrapper(
-            copy, weights_quantizers, converted=converted, trainable=kwargs.get("trainable", True)
-        )
+        with layer_is_own():
+            self.wrapper = KerasQuantizationWrapper(
+                copy,
+                weights_quantizers,
+                converted=converted,
+                trainable=kwargs.get("trainable", True),
+            )
         self._holders_of: dict[str, int] = {}
         self.holders = []
         for path, quantizers in sorted(_by_path(activation_quantizers).items()):
