@@ -8,9 +8,10 @@ import keras
 from keras import tree
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.packed_weights import PackedWeight
-from keras_qwrap.substitution import sublayers
-from keras_qwrap.weight_paths import find_weights
+from keras_qwrap.packed_weights import Packed
+from keras_qwrap.remaking import made_again
+from keras_qwrap.substitution import build_layer, sublayers
+from keras_qwrap.weight_paths import copy_flags, copy_variables, find_weights
 
 
 def sign(function: Any, signature: inspect.Signature) -> Callable:
@@ -38,7 +39,7 @@ class Construction:
         example: positional and keyword arguments of a call, with symbolic tensors.
         output_shapes: shapes of the wrapped layer's outputs, if they are quantized.
         quantized: path and variable of each weight that has a quantizer.
-        packed: what stands for each variable in the weights of a converted layer, by `id`.
+        packed: what packs each quantized variable of a converted layer, by its `id`.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Construction:
         self.example: tuple[tuple, dict] | None = None
         self.output_shapes: list[tuple] | None = None
         self.quantized: list[tuple[str, keras.Variable]] = []
-        self.packed: dict[int, PackedWeight] = {}
+        self.packed: Packed = {}
 
     def find_quantized(self, layer: keras.Layer, paths: list[str]) -> None:
         """Find the weights; one that a wrapper inside quantizes already is refused."""
@@ -93,6 +94,45 @@ class Construction:
         args, kwargs = (_from_plain(part) for part in config["call"])
         self.example = (tuple(args), kwargs)
         self.output_shapes = config["output_shapes"]
+
+
+def packed_in(layer: keras.Layer) -> Packed:
+    """What packs the quantized weights of all converted layers in `layer`."""
+    found: Packed = {}
+    for inner in sublayers(layer):
+        construction = getattr(inner, "_construction", None)
+        found |= construction.packed if isinstance(construction, Construction) else {}
+    return found
+
+
+def shapes_of(layer: keras.Layer) -> tuple[tuple, dict]:
+    """The positional and keyword arguments that a layer was built with."""
+    config = _untracked(layer.get_build_config() or {})
+    given = (config["input_shape"],) if "input_shape" in config else ()
+    return given, config.get("shapes_dict", {})
+
+
+def _untracked(shapes: Any) -> Any:
+    """Plain lists and dictionaries in place of those that Keras tracks."""
+    if isinstance(shapes, dict):
+        return {key: _untracked(part) for key, part in shapes.items()}
+    if isinstance(shapes, list):
+        return [_untracked(part) for part in shapes]
+    return tuple(_untracked(part) for part in shapes) if isinstance(shapes, tuple) else shapes
+
+
+def copy_layer(layer: keras.Layer) -> keras.Layer:
+    """A layer like `layer`; if that is built, with its weights and its `trainable` flags."""
+    copy = made_again(layer)
+    if layer.built:
+        args, kwargs = shapes_of(layer)
+        if args or kwargs:
+            build_layer(copy, args, kwargs, _symbolic_arguments(args, kwargs))
+        else:
+            copy.build_from_config(layer.get_build_config() or {})
+        copy_flags(layer, copy)
+        copy_variables(layer, copy)
+    return copy
 
 
 _TENSOR = "__keras_qwrap_tensor__"

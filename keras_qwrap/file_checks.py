@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.sealing import check_seal, is_archive
+from keras_qwrap.sealing import is_archive, is_hdf5, read_checked
 
 _MOST_TIMES = 20
 _ROOM = 2**28
@@ -35,6 +35,7 @@ _SHAPES = ("shape", "shapes", "__keras_qwrap_tensor__")
 
 _CODE = ("__lambda__", "TorchModuleWrapper", "TFSMLayer")
 _TRUST = "The file is damaged or hostile; if you trust it, `keras.models.load_model` loads it."
+_ARRAYS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,34 @@ class Contents:
 
     Attributes:
         path: the file.
+        data: all its bytes.
+        arrays: the bytes of the HDF5 file that holds the arrays: a part of the archive, or all.
+        text: the config of the model, as JSON; in a `.keras` archive that of its training too.
         config: of the model.
-        training: of its loss and metrics; the optimizer is left out.
+        training: of optimizer, loss and metrics.
         stored: bytes that all arrays take in the file.
         keras_version: of the Keras that wrote it.
+        digest: that in the seal, which was checked; None in a file without one.
         legacy: whether it is an HDF5 file.
         found: what was looked for in the arrays.
     """
 
     path: str
+    data: bytes
+    arrays: bytes
+    text: str | bytes
     config: Any
     training: Any
     stored: int
     keras_version: str | None
+    digest: str | None
     legacy: bool
     found: Any
+
+    @property
+    def losses_and_metrics(self) -> Any:
+        """`training` without the optimizer."""
+        return _without(self.training, "optimizer", "optimizer_config")
 
 
 def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: None) -> Contents:
@@ -82,11 +96,11 @@ def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: Non
     path = os.fsdecode(path)
     if not os.path.isfile(path):
         raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
-    check_seal(path)
-    if is_archive(path):
-        return _read(_read_archive, path, look, "a whole .keras archive")
-    if h5py.is_hdf5(path):
-        return _read(_read_hdf5, path, look, "a whole HDF5 file")
+    data, digest = read_checked(path)
+    if is_archive(data):
+        return _read(_read_archive, path, data, digest, look, "a whole .keras archive")
+    if is_hdf5(data):
+        return _read(_read_hdf5, path, data, digest, look, "a whole HDF5 file")
     raise bad_value(
         "path",
         path,
@@ -95,8 +109,12 @@ def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: Non
     )
 
 
-def checked_contents(path: Any) -> Contents:
+def checked_contents(path: Any, safe_mode: bool = True) -> Contents:
     """`read_contents` of a file that a model can be built from.
+
+    Args:
+        path: the file.
+        safe_mode: refuse code in the file.
 
     Raises:
         TypeError, OSError, ValueError: as `read_contents`; and for a name that does not end as
@@ -109,15 +127,16 @@ def checked_contents(path: Any) -> Contents:
     if not contents.path.endswith(endings):
         expected = f"the ending {' or '.join(endings)}"
         raise bad_value("path", contents.path, expected, "Rename the file.")
-    _check_config(contents.path, [contents.config, contents.training], contents.stored)
+    configs = [contents.config, contents.losses_and_metrics]
+    _check_config(contents.path, configs, contents.stored, safe_mode)
     return contents
 
 
 def _read(
-    read: Callable[[str, Callable], Contents], path: str, look: Callable, expected: str
+    read: Callable, path: str, data: bytes, digest: str | None, look: Callable, expected: str
 ) -> Contents:
     try:
-        return read(path, look)
+        return read(path, data, digest, look)
     except ValueError:
         raise
     except Exception as error:
@@ -141,34 +160,50 @@ def _hostile(path: str, received: str, expected: str) -> ValueError:
     return ValueError(f"path: received '{path}' with {received}, expected {expected}. {_TRUST}")
 
 
-def _read_archive(path: str, look: Callable) -> Contents:
-    with zipfile.ZipFile(path) as archive:
+def _read_archive(path: str, data: bytes, digest: str | None, look: Callable) -> Contents:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
-        size = sum(member.file_size for member in members)
-        check_size(path, "members", size, os.path.getsize(path))
+        check_size(path, "members", sum(member.file_size for member in members), len(data))
         _check_names(path, names)
-        missing = sorted({"config.json", "model.weights.h5"} - set(names))
+        missing = sorted({_CONFIG, _ARRAYS} - set(names))
         if missing:
             raise bad_value(
                 "path", path, f"a .keras archive that holds {missing}", "It was not saved by Keras."
             )
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"'{damaged}' in it is damaged")
-        config = _parsed(path, archive.read("config.json"))
-        metadata = archive.read("metadata.json") if "metadata.json" in names else "{}"
-        version = _part(_parsed(path, metadata), "keras_version")
-        with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
-            stored = _check_arrays(path, file)
-            found = look(file)
-    training = _without(_part(config, "compile_config"), "optimizer")
-    config = _without(config, "compile_config")
-    return Contents(path, config, training, stored, version, legacy=False, found=found)
+        kept = {name: _member(archive, name) for name in (_CONFIG, _METADATA, _ARRAYS)}
+        for name in set(names) - set(kept):
+            _member(archive, name)
+    config = _parsed(path, kept[_CONFIG])
+    with h5py.File(io.BytesIO(kept[_ARRAYS]), "r") as file:
+        stored, found = _check_arrays(path, file), look(file)
+    return Contents(
+        path,
+        data,
+        arrays=kept[_ARRAYS],
+        text=kept[_CONFIG],
+        config=_without(config, "compile_config"),
+        training=_part(config, "compile_config"),
+        stored=stored,
+        keras_version=_part(_parsed(path, kept[_METADATA]), "keras_version"),
+        digest=digest,
+        legacy=False,
+        found=found,
+    )
 
 
-def _read_hdf5(path: str, look: Callable) -> Contents:
-    with h5py.File(path, "r") as file:
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The bytes of a member, which have its checksum; an empty object where there is none."""
+    try:
+        return archive.read(name)
+    except KeyError:
+        return b"{}"
+    except zipfile.BadZipFile as error:
+        raise zipfile.BadZipFile(f"'{name}' in it is damaged") from error
+
+
+def _read_hdf5(path: str, data: bytes, digest: str | None, look: Callable) -> Contents:
+    with h5py.File(io.BytesIO(data), "r") as file:
         if "model_config" not in file.attrs:
             raise bad_value(
                 "path",
@@ -176,23 +211,30 @@ def _read_hdf5(path: str, look: Callable) -> Contents:
                 "an HDF5 file with a model's config",
                 "A file of weights alone is loaded with `model.load_weights`.",
             )
-        config = _parsed(path, file.attrs["model_config"])
-        training = _parsed(path, file.attrs.get("training_config", "{}"))
-        version = file.attrs.get("keras_version")
-        stored = _check_arrays(path, file)
-        found = look(file)
-    training = _without(training, "optimizer_config")
-    return Contents(path, config, training, stored, version, legacy=True, found=found)
+        text = file.attrs["model_config"]
+        return Contents(
+            path,
+            data,
+            arrays=data,
+            text=text,
+            config=_parsed(path, text),
+            training=_parsed(path, file.attrs.get("training_config", "null")),
+            stored=_check_arrays(path, file),
+            keras_version=file.attrs.get("keras_version"),
+            digest=digest,
+            legacy=True,
+            found=look(file),
+        )
 
 
 def _part(config: Any, key: str) -> Any:
     return config.get(key) if isinstance(config, dict) else None
 
 
-def _without(config: Any, key: str) -> Any:
+def _without(config: Any, *keys: str) -> Any:
     if not isinstance(config, dict):
         return config
-    return {name: part for name, part in config.items() if name != key}
+    return {name: part for name, part in config.items() if name not in keys}
 
 
 def _check_names(path: str, names: list[str]) -> None:
@@ -238,7 +280,7 @@ def _check_arrays(path: str, file: h5py.File) -> int:
     return stored
 
 
-def _check_config(path: str, config: Any, stored: int) -> None:
+def _check_config(path: str, config: Any, stored: int, safe_mode: bool) -> None:
     """Refuse code, endless configs, and sizes and shapes that would fill the memory."""
     waiting: list[tuple[str, Any, bool, bool]] = [("", config, False, False)]
     seen, most = 0, max(_MOST, stored)
@@ -249,7 +291,8 @@ def _check_config(path: str, config: Any, stored: int) -> None:
             raise _hostile(path, "a config of more values", f"at most {_MOST_NODES:,}")
         in_shape = in_shape or key.endswith(_SHAPES)
         if isinstance(node, dict):
-            _check_code(path, node)
+            if safe_mode:
+                _check_code(path, node)
             if "class_name" in node:
                 name = str(node.get("registered_name") or node["class_name"])
                 of_user = ">" in name and not name.startswith("keras_qwrap>")
@@ -281,5 +324,6 @@ def _check_code(path: str, node: dict) -> None:
     if node.get("class_name") in _CODE or marshalled:
         raise ValueError(
             f"path: received '{path}' with a {node.get('class_name')}, expected layers without "
-            "code in the file. Write a layer class in place of it."
+            "code in the file. Write a layer class in place of it; or load it with safe_mode=False "
+            "if it is yours, which runs the code."
         )

@@ -1,29 +1,44 @@
 """Loading quantized models, and the classes that a saved file may name."""
 
+import io
 import os
-import random
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from math import prod
 from typing import Any
 
+import h5py
 import keras
 
 from keras_qwrap.channels import check_bool
+from keras_qwrap.construction import packed_in
 from keras_qwrap.errors import bad_type, bad_value, innermost, no_model
 from keras_qwrap.file_checks import Contents, check_size, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.packed_weights import KEEP_CODES
+from keras_qwrap.packed_weights import (
+    KEEP_CODES,
+    load_legacy_weights,
+    names_in,
+    packed_arrays,
+)
 from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.sealing import write_whole
 from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.substitution import described_model, variables_deferred
+from keras_qwrap.substitution import (
+    compile_as_described,
+    described_model,
+    load_state,
+    variables_watched,
+)
 from keras_qwrap.tightening import tighten
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
-ENDINGS = (".keras", ".h5", ".hdf5")
+_LEGACY = (".h5", ".hdf5")
+_OF_WEIGHTS = tuple(f".weights{ending}" for ending in _LEGACY)
 
 
 def custom_objects() -> dict[str, type]:
@@ -89,14 +104,23 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
     if not isinstance(path, (str, os.PathLike)):
         raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
     path = os.fsdecode(path)
-    if not path.endswith(ENDINGS):
+    if path.lower().endswith(_OF_WEIGHTS):
+        raise bad_value(
+            "path",
+            path,
+            "the ending .keras or .h5, for a whole model",
+            "`model.save_weights(path)` saves weights alone; or leave `.weights` out.",
+        )
+    if not path.endswith((".keras", *_LEGACY)):
         raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
     write_whole(path, partial(_write, model))
 
 
 def _write(model: keras.Model, path: str) -> None:
     model.save(path)
-    tighten(path)
+    # Into an archive, layers write packed codes themselves.
+    packed = packed_arrays(model, packed_in(model)) if path.endswith(_LEGACY) else {}
+    tighten(path, {name: weight.packed for name, weight in packed.items()})
 
 
 def keras_load_quantized_model(
@@ -104,6 +128,7 @@ def keras_load_quantized_model(
     custom_objects: Mapping[str, Any] | None = None,
     compile: bool = True,
     keep_codes: bool = False,
+    safe_mode: bool = True,
 ) -> keras.Model:
     """Load a `.keras` or `.h5` file as `keras.models.load_model` does.
 
@@ -123,9 +148,11 @@ def keras_load_quantized_model(
         keep_codes: let converted layers hold integer codes in memory, of one or two bytes each, and
             decode them at every call: smaller, slower to load and to run, with the same outputs.
             What is made of the model (a clone, a conversion, an unwrapped model) holds floats.
+        safe_mode: refuse files with code in them, such as a `Lambda` around a Python function. With
+            False that code is run: only for files that are yours.
 
     Raises:
-        TypeError: `path` is no path, or `keep_codes` no bool.
+        TypeError: `path` is no path, or `keep_codes` or `safe_mode` no bool.
         OSError: the file cannot be read: it does not exist, is truncated or is damaged.
         ValueError: it can be read, but holds no model that this package and Keras can rebuild.
 
@@ -146,12 +173,17 @@ def keras_load_quantized_model(
     ```
     """
     check_bool("keep_codes", keep_codes)
-    contents = checked_contents(path)
-    check_variables(contents, custom_objects, compile)
+    contents = checked_contents(path, check_bool("safe_mode", safe_mode))
+    allowance = Allowance(contents)
     token = KEEP_CODES.set(keep_codes)
     try:
-        return keras.models.load_model(contents.path, custom_objects, compile)
+        model = build_model(contents, allowance, custom_objects, safe_mode)
+        if compile:
+            _count_metrics(contents, allowance, custom_objects)
+        _load_weights(model, contents, custom_objects, safe_mode, compile)
+        return model
     except Exception as error:
+        allowance.check()
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
             f"path: received '{contents.path}', expected a model that Keras saved and can rebuild "
@@ -163,24 +195,99 @@ def keras_load_quantized_model(
         KEEP_CODES.reset(token)
 
 
-def check_variables(
-    contents: Contents, custom_objects: Mapping[str, Any] | None, compile: bool
+def _load_weights(
+    model: keras.Model,
+    contents: Contents,
+    custom_objects: Mapping[str, Any] | None,
+    safe_mode: bool,
+    compile: bool,
 ) -> None:
-    """Refuse a config whose variables are far larger than what the file holds.
+    """Compile a model if its file says so, and give it its weights and the optimizer's."""
+    training = contents.training if compile else None
+    if not contents.legacy:
+        if training:
+            compile_as_described(model, training, custom_objects, False, safe_mode)
+        with zipfile.ZipFile(io.BytesIO(contents.data)) as archive:
+            load_state(model, io.BytesIO(contents.arrays), archive)
+        return
+    with h5py.File(io.BytesIO(contents.arrays), "r") as file:
+        load_legacy_weights(model, file, packed_in(model))
+        if training:
+            compile_as_described(model, training, custom_objects, True, safe_mode)
+            _load_legacy_optimizer(model, file)
 
-    Model and metrics are built for this without values of their variables. What cannot be (it fails
-    in any case, or a layer of the user's makes a variable of an array) is not checked.
+
+def _load_legacy_optimizer(model: keras.Model, file: h5py.File) -> None:
+    if "optimizer_weights" not in file:
+        return
+    group = file["optimizer_weights"]
+    arrays = [group[name][()] for name in names_in(group, "weight_names")]
+    model.optimizer.build(model.trainable_variables)
+    try:
+        model.optimizer.set_weights(arrays)
+    except ValueError as error:
+        warnings.warn(
+            f"The state of the optimizer in the file does not fit and is left out: {error}",
+            stacklevel=4,
+        )
+
+
+class Allowance:
+    """Refuses variables that are far larger in all than what a file holds.
+
+    Args:
+        contents: of the file.
     """
-    state = random.getstate()
-    with variables_deferred() as variables:
-        with suppress(Exception):
-            described_model(contents.config, custom_objects, contents.legacy)
-        for metric in _described(contents.training) if compile else ():
-            with suppress(Exception):
-                keras.metrics.deserialize(metric, custom_objects)
-        needed = sum(prod(v.shape) * _itemsize(v.dtype) for v in variables)
-    random.setstate(state)
-    check_size(contents.path, "variables", needed, contents.stored)
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents, self._needed = contents, 0
+
+    def take(self, variable: keras.Variable) -> None:
+        """Count a variable, of which only shape and dtype are asked.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self._needed += prod(variable.shape) * _itemsize(variable.dtype)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse the file if what was counted so far is too much.
+
+        Raises:
+            ValueError: it is.
+        """
+        check_size(self._contents.path, "variables", self._needed, self._contents.stored)
+
+
+def build_model(
+    contents: Contents,
+    allowance: Allowance,
+    custom_objects: Mapping[str, Any] | None = None,
+    safe_mode: bool = True,
+) -> keras.Model:
+    """The model that a file describes, without its weights, and not compiled.
+
+    Its variables are counted before they take memory. What Keras cannot build while they are (a
+    layer of a user's makes a variable of an array) is built without.
+    """
+    described = partial(described_model, contents.text, custom_objects, contents.legacy, safe_mode)
+    try:
+        with variables_watched(allowance.take):
+            return described()
+    except Exception:
+        allowance.check()
+        return described()
+
+
+def _count_metrics(
+    contents: Contents, allowance: Allowance, custom_objects: Mapping[str, Any] | None
+) -> None:
+    """Count the variables of metrics; optimizers have a few for each of the model's."""
+    for metric in _described(contents.losses_and_metrics):
+        with suppress(Exception), variables_watched(allowance.take):
+            keras.metrics.deserialize(metric, custom_objects)
+    allowance.check()
 
 
 def _described(config: Any) -> Iterator[dict]:

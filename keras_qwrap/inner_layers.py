@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from keras_qwrap.construction import Construction, sign
+from keras_qwrap.construction import Construction, shapes_of, sign
 from keras_qwrap.copying import has_graph
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.remaking import made_again, refuse_other_policies
@@ -208,9 +208,7 @@ def copy_built(
         sequential = isinstance(model, keras.Sequential)
         construction.see_call((model.inputs[0] if sequential else model.input,), {})
     elif model.built:
-        config = _untracked(model.get_build_config() or {})
-        given = (config["input_shape"],) if "input_shape" in config else ()
-        construction.see_shapes(given, config.get("shapes_dict", {}))
+        construction.see_shapes(*shapes_of(model))
     else:
         return copy, None
     args, kwargs = construction.example or ((), {})
@@ -226,15 +224,6 @@ def copy_built(
         copy_flags(model, copy)
         copy_variables(model, copy)
     return copy, (args, kwargs)
-
-
-def _untracked(shapes: Any) -> Any:
-    """Plain lists and dictionaries in place of those that Keras tracks."""
-    if isinstance(shapes, dict):
-        return {key: _untracked(part) for key, part in shapes.items()}
-    if isinstance(shapes, list):
-        return [_untracked(part) for part in shapes]
-    return tuple(_untracked(part) for part in shapes) if isinstance(shapes, tuple) else shapes
 
 
 def _check_example(example: Any) -> tuple[tuple, dict]:

@@ -13,7 +13,6 @@ from keras_qwrap.compact import expand
 from keras_qwrap.errors import bad_value
 from keras_qwrap.file_checks import read_contents
 from keras_qwrap.packing import histogram, read_header
-from keras_qwrap.sealing import recorded_digest
 
 _QUANTIZING = ("KerasQuantizationWrapper", "KerasActivationQuantizationHolder", "QuantizedModel")
 
@@ -142,7 +141,6 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     """
     contents = read_contents(path, _arrays)
     arrays, stored = contents.found
-    digest = recorded_digest(contents.path)
     try:
         layers = list(_layers(contents.config, (), root=True))
         found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
@@ -150,8 +148,14 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
         raise bad_value(
             "path", contents.path, "a config of less depth", "The file is damaged or hostile."
         ) from error
-    size = os.path.getsize(contents.path)
-    return InspectedFile(contents.path, size, contents.keras_version, digest, stored, found)
+    return InspectedFile(
+        contents.path,
+        len(contents.data),
+        contents.keras_version,
+        contents.digest,
+        stored,
+        found,
+    )
 
 
 Arrays = dict[tuple[tuple[str, ...], str], list[np.ndarray]]

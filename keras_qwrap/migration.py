@@ -1,9 +1,9 @@
 """Models in the files of Sony's MCT, which are Keras 2 models, as models of this package."""
 
 import io
+import json
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,14 +16,14 @@ import numpy as np
 
 from keras_qwrap.errors import bad_value
 from keras_qwrap.file_checks import Contents, checked_contents
-from keras_qwrap.files import check_variables, save_quantized_model
+from keras_qwrap.files import Allowance, build_model, save_quantized_model
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.models import convert_to_inferable
 from keras_qwrap.quantizers import inferable
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE
 from keras_qwrap.quantizing_layer import FORMAT_VERSION, QuantizingLayer
-from keras_qwrap.substitution import described_model, sublayers
+from keras_qwrap.substitution import sublayers
 from keras_qwrap.weight_paths import find_weight, own_weights
 from keras_qwrap.wrapper import KerasQuantizationWrapper
 
@@ -99,15 +99,12 @@ def _migrated(contents: Contents) -> keras.Model:
     """The model of a file, with its weights and not yet converted."""
     _check_parts(contents.path, contents.config)
     config = _translated(contents.config)
-    check_variables(replace(contents, config=config, legacy=True), None, compile=False)
-    model = described_model(config, None, legacy=True)
-    if contents.legacy:
-        with h5py.File(contents.path, "r") as file:
+    translated = replace(contents, text=json.dumps(config), legacy=True)
+    model = build_model(translated, Allowance(contents))
+    with h5py.File(io.BytesIO(contents.arrays), "r") as file:
+        if contents.legacy:
             pairs = list(_from_hdf5(model, file["model_weights"]))
-    else:
-        with zipfile.ZipFile(contents.path) as archive:
-            weights = io.BytesIO(archive.read("model.weights.h5"))
-        with h5py.File(weights, "r") as file:
+        else:
             pairs = list(_from_archive(model, file))
     given = [(slot, array) for slot, array in pairs if slot is not None]
     for slot, array in given:

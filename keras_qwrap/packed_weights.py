@@ -4,14 +4,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import count, takewhile
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 from keras import ops
 
 from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.packing import frame, framed_size, unframe
+from keras_qwrap.packing import frame, framed_size, is_framed, unframe
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.substitution import put_in_place_of, sublayers, zeros_in_order_of
 from keras_qwrap.tensors import Tensor, read, to_numpy
@@ -19,11 +21,9 @@ from keras_qwrap.weight_paths import own_weights
 
 
 class PackedWeight:
-    """Stands for a quantized variable in `layer.weights`; as an array it is its codes, packed.
+    """Turns a quantized variable into packed codes, for files, and back.
 
-    So Keras writes packed codes to `.h5` files, and finds the variable's own values in all else:
-    `numpy`, `value`, `shape` and `dtype` are the variable's. `packing.frame` says how codes are
-    packed: they follow a header that names the weight.
+    `packing.frame` says how codes are packed: they follow a header that names the weight.
 
     Args:
         path: path of the weight in its layer.
@@ -31,42 +31,11 @@ class PackedWeight:
         quantizer: says which codes they have.
     """
 
-    trainable = False
-
     def __init__(
         self, path: str, variable: keras.Variable, quantizer: BaseKerasInferableQuantizer
     ) -> None:
         self._weight_path, self.variable, self._quantizer = path, variable, quantizer
         self._packed_shape = (framed_size(path, variable.shape, quantizer.num_bits),)
-
-    def numpy(self) -> np.ndarray:
-        """The variable's values."""
-        return to_numpy(self.variable)
-
-    @property
-    def value(self) -> Any:
-        """The variable's value."""
-        return self.variable.value
-
-    @property
-    def dtype(self) -> str:
-        """The variable's."""
-        return self.variable.dtype
-
-    @property
-    def name(self) -> str:
-        """The variable's name."""
-        return self.variable.name
-
-    @property
-    def path(self) -> str:
-        """The variable's path in its model."""
-        return self.variable.path
-
-    @property
-    def shape(self) -> tuple:
-        """The variable's; it also equals that of the packed codes, which `assign` takes as well."""
-        return _Shape(self.variable.shape, self._packed_shape)
 
     def codes(self) -> np.ndarray:
         """The codes of the variable's values, int32.
@@ -85,9 +54,9 @@ class PackedWeight:
         codes = self._quantizer.quantize_to_codes(weight)
         if not np.array_equal(self._dequantized(codes), weight):
             raise ValueError(
-                f"{self.path}: received values that are not on the grid of '{self._weight_path}' "
-                "in its converted layer, expected those that conversion wrote. Others were "
-                "assigned since; convert the trained layer again."
+                f"{self.variable.path}: received values that are not on the grid of "
+                f"'{self._weight_path}' in its converted layer, expected those that conversion "
+                "wrote. Others were assigned since; convert the trained layer again."
             )
         return codes
 
@@ -114,7 +83,9 @@ class PackedWeight:
 
     def codes_dtype(self) -> str:
         """The smallest dtype, of one or two bytes, that holds all codes of the quantizer."""
-        shape = np.broadcast_shapes(np.shape(self._quantizer.scale), (1,) * len(self.shape))
+        shape = np.broadcast_shapes(
+            np.shape(self._quantizer.scale), (1,) * len(self.variable.shape)
+        )
         lowest = self._quantizer.quantize_to_codes(np.full(shape, -3e38, np.float32)).min()
         return f"{'int' if lowest < 0 else 'uint'}{8 if self._quantizer.num_bits <= 8 else 16}"
 
@@ -142,14 +113,6 @@ class PackedWeight:
             )
         return frame(codes, bits, signed, self._weight_path)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.packed(), dtype)
-
-    def assign(self, value: Any) -> None:
-        """Let the variable hold weights, or those that packed codes stand for."""
-        array = np.asarray(value)
-        self.variable.assign(self.unpacked(array) if array.dtype == np.uint8 else array)
-
     def unpacked(self, packed: Any) -> np.ndarray:
         """The weights that packed codes stand for, in the variable's shape and dtype.
 
@@ -160,35 +123,16 @@ class PackedWeight:
         fix = "The file is damaged, or is not of this model."
         packed = np.asarray(packed)
         if packed.dtype != np.uint8:
-            raise bad_type(self.path, packed.dtype.name, "packed codes, uint8", fix)
+            raise bad_type(self.variable.path, packed.dtype.name, "packed codes, uint8", fix)
         if packed.shape != self._packed_shape:
             expected = f"packed codes of shape {self._packed_shape}"
-            raise bad_value(self.path, packed.shape, expected, fix)
+            raise bad_value(self.variable.path, packed.shape, expected, fix)
         codes, found_bits, path = unframe(packed)
         if (found_bits, path, codes.shape) != (bits, self._weight_path, shape):
             found = f"{found_bits} bits for '{path}' of shape {codes.shape}"
             expected = f"{bits} bits for '{self._weight_path}' of shape {shape}"
-            raise bad_value(self.path, found, expected, fix)
+            raise bad_value(self.variable.path, found, expected, fix)
         return self._dequantized(codes)
-
-
-class _Shape(tuple):
-    """A shape that equals another one as well; Keras compares shapes before it assigns."""
-
-    other: tuple
-
-    def __new__(cls, shape: Iterable[int], other: tuple) -> "_Shape":
-        new = super().__new__(cls, shape)
-        new.other = other
-        return new
-
-    def __eq__(self, shape: object) -> bool:
-        return super().__eq__(shape) or self.other == shape
-
-    def __ne__(self, shape: object) -> bool:
-        return not self == shape
-
-    __hash__ = tuple.__hash__
 
 
 KEEP_CODES: ContextVar[bool] = ContextVar("keep_codes", default=False)
@@ -198,7 +142,10 @@ KEEP_CODES: ContextVar[bool] = ContextVar("keep_codes", default=False)
 class CodesVariable(keras.Variable):
     """Integer codes in the place of a converted layer's weight, which is decoded at every read.
 
-    It is never trainable. Weights are encoded when they are assigned; integers are taken as codes.
+    Its dtype and its value, which Keras computes, traces and checkpoints with, are those of the
+    codes. As an array (`numpy`, `get_weights`, plain `.h5` files) it is the weight, and weights are
+    encoded when they are assigned; only what has the dtype of the codes is taken as codes. It is
+    never trainable.
 
     Args:
         packed: the weight.
@@ -212,8 +159,15 @@ class CodesVariable(keras.Variable):
             dtype=packed.codes_dtype(),
             trainable=False,
             autocast=False,
-            name=packed.name,
+            name=packed.variable.name,
         )
+
+    def numpy(self) -> np.ndarray:
+        """The weights."""
+        return to_numpy(self.variable)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.numpy(), dtype)
 
     @property
     def variable(self) -> keras.Variable:
@@ -239,7 +193,7 @@ class CodesVariable(keras.Variable):
         Raises:
             ValueError: the weights are not on the grid, or would not be decoded to the same bits.
         """
-        if "int" in keras.backend.standardize_dtype(getattr(value, "dtype", "float32")):
+        if keras.backend.standardize_dtype(getattr(value, "dtype", "float32")) == self.dtype:
             return super().assign(value)
         return self.encode(value)
 
@@ -257,9 +211,13 @@ class CodesVariable(keras.Variable):
 
 
 Row = tuple[str, keras.Variable, BaseKerasInferableQuantizer]
+Packed = dict[int, PackedWeight]
+
+_WEIGHTS, _OF_MODEL = "model_weights", "top_level_model_weights"
+"""Groups of legacy `.h5` files."""
 
 
-def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWeight]:
+def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> Packed:
     """Let `layer` and the layers inside it save and load packed codes.
 
     What a layer writes into a file under some key stays there, except that packed codes take the
@@ -271,7 +229,7 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
         rows: path, variable and quantizer of each quantized weight.
 
     Returns:
-        What stands for each variable, by its `id`.
+        What packs each variable, by its `id`, and by that of the codes in its place.
     """
     packed = {id(variable): PackedWeight(path, variable, q) for path, variable, q in rows}
     for each in list(packed.values()) if KEEP_CODES.get() else ():
@@ -289,7 +247,7 @@ def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> dict[int, PackedWei
     return packed
 
 
-def kept_weights(packed: dict[int, PackedWeight]) -> list[tuple[keras.Variable, Callable]]:
+def kept_weights(packed: Packed) -> list[tuple[keras.Variable, Callable]]:
     """The variables whose places codes have taken, and what decodes them, once for each call."""
     return [
         (each.variable, partial(read, each.variable))
@@ -324,14 +282,72 @@ def _add_weight(add_weight: Callable, *args: Any, **kwargs: Any) -> keras.Variab
     return add_weight(*args, **kwargs)
 
 
-def _save(save: Callable, packed: dict[int, PackedWeight], store: Any) -> None:
+def _save(save: Callable, packed: Packed, store: Any) -> None:
     save(_Writer(store, packed))
 
 
-def _load(save: Callable, load: Callable, packed: dict[int, PackedWeight], store: Any) -> None:
+def _load(save: Callable, load: Callable, packed: Packed, store: Any) -> None:
     saved: dict[str, Any] = {}
     save(saved)
     load(_Reader(store, {k: packed[id(v)] for k, v in saved.items() if id(v) in packed}))
+
+
+def packed_arrays(model: keras.Model, packed: Packed) -> dict[str, PackedWeight]:
+    """What packs arrays of a legacy `.h5` file, in which Keras writes floats, by their names."""
+    return {
+        f"{_WEIGHTS}/{layer.name}/{weight.path}": packed[id(weight)]
+        for layer in model.layers
+        for weight in layer.weights
+        if id(weight) in packed
+    }
+
+
+def load_legacy_weights(model: keras.Model, file: h5py.File, packed: Packed) -> None:
+    """Give a model the weights of a legacy `.h5` file, as Keras does, or packed codes of them.
+
+    Raises:
+        ValueError: they are not those of the model.
+    """
+    root = file[_WEIGHTS]
+    layers = [layer for layer in model.layers if layer.weights]
+    names = [name for name in names_in(root, "layer_names") if names_in(root[name], "weight_names")]
+    _check_number("layers with weights", len(names), len(layers))
+    for name, layer in zip(names, layers, strict=True):
+        weights = [*layer.trainable_weights, *layer.non_trainable_weights]
+        _load_arrays(layer, weights, root[name], packed)
+    if _OF_MODEL in root:
+        _load_arrays(model, own_weights(model), root[_OF_MODEL], packed)
+
+
+def _load_arrays(layer: keras.Layer, weights: list, group: h5py.Group, packed: Packed) -> None:
+    arrays = [group[name][()] for name in names_in(group, "weight_names")]
+    framed = [array for array in arrays if is_framed(array)]
+    # Version 0.1.0 put packed codes behind all that is trained, Keras puts them where floats were.
+    coded = [weight for weight in weights if framed and id(weight) in packed]
+    floats = [array for array in arrays if not is_framed(array)]
+    others = [weight for weight in weights if all(weight is not each for each in coded)]
+    _check_number(f"packed weights of layer '{layer.name}'", len(framed), len(coded))
+    _check_number(f"weights of layer '{layer.name}'", len(floats), len(others))
+    for weight, array in zip(others, floats, strict=True):
+        weight.assign(array)
+    for weight, array in zip(coded, framed, strict=True):
+        weight.assign(packed[id(weight)].unpacked(array))
+    if hasattr(layer, "finalize_state") and weights:
+        layer.finalize_state()
+
+
+def _check_number(what: str, found: int, expected: int) -> None:
+    if found != expected:
+        fix = "The file is damaged, or is not of this model."
+        raise bad_value(what, found, f"{expected}, as in the model", fix)
+
+
+def names_in(group: h5py.Group, key: str) -> list[str]:
+    """A list of names; Keras cuts long ones into several."""
+    cut = takewhile(group.attrs.__contains__, (f"{key}{i}" for i in count()))
+    keys = [key] if key in group.attrs else list(cut)
+    names = [name for each in keys for name in group.attrs[each]]
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 class _Store:

@@ -147,6 +147,11 @@ def read_header(framed: np.ndarray) -> Header | None:
     return Header(num_bits, signed, path, shape, start)
 
 
+def is_framed(array: np.ndarray) -> bool:
+    """Whether an array of a file is what `frame` gives."""
+    return array.dtype == np.uint8 and array.ndim == 1 and read_header(array) is not None
+
+
 def unframe(framed: np.ndarray) -> tuple[np.ndarray, int, str]:
     """The codes (int32), their bits and the weight's path: the inverse of `frame`.
 

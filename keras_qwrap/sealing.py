@@ -6,18 +6,22 @@ the user block, 512 bytes at its start. Both are parts of these formats that oth
 
 import hashlib
 import os
+import re
 import shutil
+import struct
 import tempfile
 import zipfile
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
 
 _TITLE = b"keras_qwrap sha256 "
 _SEAL_SIZE = len(_TITLE) + 64 + 1
 _BLOCK_SIZE = 512
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ARCHIVE = b"PK"
-_ARCHIVE_END, _ARCHIVE_END_SIZE = b"PK\5\6", 22
+_ARCHIVE_END = b"PK\5\6"
+_END_RECORD = struct.Struct("<4s4H2LH")
+_LONGEST_COMMENT = 2**16
+_TRACE_SIZE = 10
 _CHUNK = 2**20
 
 
@@ -73,10 +77,14 @@ def _sync_folder(folder: str) -> None:
             os.close(handle)
 
 
-def is_archive(path: str) -> bool:
+def is_archive(data: bytes) -> bool:
     """Whether a file begins as archives do; HDF5 files may hold all other marks of them."""
-    with open(path, "rb") as file:
-        return file.read(len(_ARCHIVE)) == _ARCHIVE
+    return data.startswith(_ARCHIVE)
+
+
+def is_hdf5(data: bytes) -> bool:
+    """Whether the bytes are those of an HDF5 file."""
+    return any(data.startswith(_HDF5, place) for place in (0, *_places_of_hdf5(len(data))))
 
 
 def seal(path: str) -> None:
@@ -99,17 +107,12 @@ def seal(path: str) -> None:
             archive.comment = bytes(_SEAL_SIZE)
     with open(path, "r+b") as file:
         place = 0 if is_hdf5 else file.seek(0, os.SEEK_END) - _SEAL_SIZE
-        digest = _digest(file, place)
+        file.seek(0)
+        digest = _digest(file.read(), place)
         file.seek(place)
         file.write(_TITLE + digest.encode("ascii") + b"\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def recorded_digest(path: str) -> str | None:
-    """The digest that a file's seal records, in hexadecimal; None where there is no seal."""
-    with open(path, "rb") as file:
-        return _recorded(file)[1]
 
 
 def check_seal(path: str) -> bool:
@@ -119,58 +122,124 @@ def check_seal(path: str) -> bool:
         OSError: the bytes are not those that were sealed, the seal is damaged, or there is no such
             file.
     """
+    return read_checked(path)[1] is not None
+
+
+def read_checked(path: str) -> tuple[bytes, str | None]:
+    """All bytes of a file, and the digest in its seal, in hexadecimal; None where it has none.
+
+    Raises:
+        OSError: as `check_seal`.
+    """
     with open(path, "rb") as file:
-        place, recorded = _recorded(file)
-        if recorded is None:
-            _check_no_seal(path, file)
-            return False
-        found = _digest(file, place)
+        data = file.read()
+    place = _seal_place(path, data)
+    if place is None:
+        return data, None
+    recorded = data[place + len(_TITLE) : place + _SEAL_SIZE - 1].decode("ascii", "replace")
+    found = _digest(data, place)
     if found != recorded:
         raise OSError(
             f"path: received '{path}', whose bytes have the digest {found[:12]}..., expected "
             f"{recorded[:12]}..., which was recorded when it was saved. The file is damaged or was "
             "changed; save the model again, or get the file again."
         )
-    return True
+    return data, recorded
 
 
-def _recorded(file: BinaryIO) -> tuple[int, str | None]:
-    """Where the seal of a file is, and the digest in it."""
-    end = file.seek(0, os.SEEK_END)
-    for place in (0, max(end - _SEAL_SIZE, 0)):
-        file.seek(place)
-        found = file.read(_SEAL_SIZE)
-        if len(found) == _SEAL_SIZE and found.startswith(_TITLE) and found.endswith(b"\n"):
-            return place, found[len(_TITLE) : -1].decode("ascii", "replace")
-    return 0, None
+def _seal_place(path: str, data: bytes) -> int | None:
+    """Where the seal of a file is; None in a file without any trace of one.
 
-
-def _check_no_seal(path: str, file: BinaryIO) -> None:
-    """Refuse what is in a seal's place and is none, in a file that Keras leaves empty there."""
-    if is_archive(path):
-        place = file.seek(0, os.SEEK_END) - _SEAL_SIZE - _ARCHIVE_END_SIZE
-        damaged = place >= 0 and _has(file, place, _ARCHIVE_END)
+    Raises:
+        OSError: a part of a seal is there, or something else is in its place.
+    """
+    if data.startswith(_HDF5):
+        # Keras writes nothing behind an HDF5 file, and nothing in front of it.
+        damaged = _has_trace(data[_end_of_hdf5(data) :])
     else:
-        damaged = _has(file, _BLOCK_SIZE, _HDF5) and not _has(file, 0, _HDF5)
+        for place in (0, max(len(data) - _SEAL_SIZE, 0)):
+            if _is_seal(data[place : place + _SEAL_SIZE]):
+                return place
+        damaged = _is_damaged_archive(data) if is_archive(data) else is_hdf5(data)
     if damaged:
         raise OSError(
             f"path: received '{path}', expected a file without a seal or with a whole one. It is "
             "damaged; save the model again, or get the file again."
         )
+    return None
 
 
-def _has(file: BinaryIO, place: int, signature: bytes) -> bool:
-    file.seek(place)
-    return file.read(len(signature)) == signature
+def _is_damaged_archive(data: bytes) -> bool:
+    """Whether there are traces of a seal in front of an archive or behind it.
+
+    In it there may be whole files, as assets. What zipfile cannot open is left to it.
+    """
+    record = _end_record(data)
+    if record is None:
+        return False
+    start, comment_size = record
+    behind = data[start + _END_RECORD.size :]
+    in_front = data[: max(start - sum(_directory(data, start)), 0)]
+    return (
+        comment_size == _SEAL_SIZE
+        or _has_trace(behind)
+        or _has_trace(in_front)
+        or (comment_size != len(behind) and _has_digits(behind))
+    )
 
 
-def _digest(file: BinaryIO, place: int) -> str:
-    """SHA-256 of all bytes of a file but the seal at `place`, in hexadecimal."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    for size in (place, 2**62):
-        while chunk := file.read(min(size, _CHUNK)):
-            digest.update(chunk)
-            size -= len(chunk)
-        file.seek(place + _SEAL_SIZE)
+def _is_seal(part: bytes) -> bool:
+    return len(part) == _SEAL_SIZE and part.startswith(_TITLE) and part.endswith(b"\n")
+
+
+def _has_trace(part: bytes) -> bool:
+    """Whether a part of the title is there."""
+    return any(_TITLE[i : i + _TRACE_SIZE] in part for i in range(len(_TITLE) - _TRACE_SIZE + 1))
+
+
+def _has_digits(part: bytes) -> bool:
+    """Whether a part of a digest is there; a row of equal digits is none."""
+    return any(len(set(found)) > 5 for found in re.findall(rb"[0-9a-f]{16,}", part))
+
+
+def _end_record(data: bytes) -> tuple[int, int] | None:
+    """Where the end record of an archive is, as zipfile finds it, and the size of its comment."""
+    last = len(data) - _END_RECORD.size
+    if last >= 0 and data.startswith(_ARCHIVE_END, last) and data.endswith(b"\0\0"):
+        return last, 0
+    start = data.rfind(_ARCHIVE_END, max(last - _LONGEST_COMMENT, 0))
+    if not 0 <= start <= last:
+        return None
+    return start, _END_RECORD.unpack_from(data, start)[-1]
+
+
+def _directory(data: bytes, start: int) -> tuple[int, int]:
+    """Size and place of an archive's directory, as its end record has them."""
+    return _END_RECORD.unpack_from(data, start)[5:7]
+
+
+def _places_of_hdf5(size: int) -> Iterator[int]:
+    """Where HDF5 looks for the beginning of a file, the very beginning aside."""
+    place = _BLOCK_SIZE
+    while place < size:
+        yield place
+        place *= 2
+
+
+def _end_of_hdf5(data: bytes) -> int:
+    """Where an HDF5 file says that it ends; the end of the data where it does not say so."""
+    version = data[len(_HDF5) : len(_HDF5) + 1]
+    first = {b"\0": 24, b"\1": 28, b"\2": 12, b"\3": 12}.get(version)
+    at = 13 if version in (b"\0", b"\1") else 9
+    if first is None or len(data) <= at:
+        return len(data)
+    # Three addresses: of the beginning, of something else, and of the end.
+    size = data[at]
+    return int.from_bytes(data[first + 2 * size : first + 3 * size], "little") or len(data)
+
+
+def _digest(data: bytes, place: int) -> str:
+    """SHA-256 of all bytes but the seal at `place`, in hexadecimal."""
+    digest = hashlib.sha256(memoryview(data)[:place])
+    digest.update(memoryview(data)[place + _SEAL_SIZE :])
     return digest.hexdigest()

@@ -31,7 +31,7 @@ from keras_qwrap.quantizing_layer import (
 from keras_qwrap.remaking import deserialize_layer
 from keras_qwrap.substitution import sign_build, sublayers
 from keras_qwrap.weight_paths import find_weight, follow
-from keras_qwrap.wrapper import KerasQuantizationWrapper
+from keras_qwrap.wrapper import KerasQuantizationWrapper, layer_is_own
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -116,9 +116,10 @@ class QuantizedModel(keras.Model):
         super().__init__(dtype=policy, autocast=False, **given)
         sign_build(self, inspect.signature(model.build))
         self.supports_masking = model.supports_masking
-        self.wrapper = KerasQuantizationWrapper(
-            copy, weights_quantizers, converted=converted, trainable=trainable
-        )
+        with layer_is_own():
+            self.wrapper = KerasQuantizationWrapper(
+                copy, weights_quantizers, converted=converted, trainable=trainable
+            )
         self._holders_of: dict[str, int] = {}
         self.holders = []
         for path, quantizers in sorted(_by_path(activation_quantizers).items()):

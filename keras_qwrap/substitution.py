@@ -1,19 +1,28 @@
 """Run a layer with some of its variables replaced. The only file that uses non-public Keras."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from inspect import Signature
-from typing import Any
+from typing import IO, Any
+from zipfile import ZipFile
 
 import keras
 import numpy as np
 from keras import ops
 from keras.src import backend
 from keras.src.backend.common import global_state
-from keras.src.legacy.saving.saving_utils import model_from_config
+from keras.src.legacy.saving import json_utils
+from keras.src.legacy.saving.saving_options import keras_option_scope
+from keras.src.legacy.saving.saving_utils import (
+    compile_args_from_training_config,
+    model_from_config,
+    try_build_compiled_arguments,
+)
 from keras.src.models.functional import Functional, functional_like_constructor
+from keras.src.saving import saving_lib
+from keras.src.saving.serialization_lib import ObjectSharingScope, SafeModeScope
 from keras.src.utils.python_utils import is_default
 from keras.src.utils.tracking import DotNotTrackScope
 
@@ -155,20 +164,62 @@ def state_kept(layer: keras.Layer) -> Iterator[None]:
         state.restore()
 
 
-@contextmanager
-def variables_deferred() -> Iterator[list[keras.Variable]]:
-    """Let variables that are made in here have a shape and no value, now and later.
+class _Watch(_Overlay):
+    """Shows each variable before it is made; all else is as outside of the scope.
 
-    Gives the list of these variables, which grows.
+    In a stateless scope Keras puts new variables into a list until they may be given values. This
+    object takes the place of that list, and gives the value at once, unless a layer is traced.
     """
-    waiting = global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True)
-    before = waiting[:]
-    del waiting[:]
+
+    def __init__(self, see: Callable[[keras.Variable], None]) -> None:
+        super().__init__([])
+        self.initialize_variables = False
+        self._see = see
+        self._waiting: dict[int, keras.Variable] = {}
+
+    def append(self, variable: keras.Variable) -> None:
+        """Show a variable, and let it have its value."""
+        self._see(variable)
+        self._waiting[id(variable)] = variable
+        self._give_value(variable)
+
+    def _give_value(self, variable: keras.Variable) -> None:
+        if backend.get_stateless_scope() is self and id(variable) in self._waiting:
+            self.__exit__()
+            try:
+                self._waiting.pop(id(variable))._deferred_initialize()
+            finally:
+                self.__enter__()
+
+    def give_values(self) -> None:
+        """Let all variables have their values; outside of the scope."""
+        while self._waiting:
+            self._waiting.popitem()[1]._deferred_initialize()
+
+    def get_current_value(self, variable: keras.Variable) -> Tensor:
+        self._give_value(variable)
+        return super().get_current_value(variable)
+
+    def add_update(self, update: tuple[keras.Variable, Tensor]) -> None:
+        self._give_value(update[0])
+        super().add_update(update)
+
+
+@contextmanager
+def variables_watched(see: Callable[[keras.Variable], None]) -> Iterator[None]:
+    """Call `see` with each variable that is made in here, before it takes memory.
+
+    It has its shape and dtype then. Variables that are made of arrays fail.
+    """
+    watch = _Watch(see)
+    before = global_state.get_global_attribute("uninitialized_variables")
+    global_state.set_global_attribute("uninitialized_variables", watch)
     try:
-        with keras.StatelessScope(initialize_variables=False):
-            yield waiting
+        with watch:
+            yield
+        watch.give_values()
     finally:
-        waiting[:] = before
+        global_state.set_global_attribute("uninitialized_variables", before)
 
 
 def zeros_in_order_of(variable: keras.Variable) -> Callable | str:
@@ -211,12 +262,65 @@ def _nothing() -> None:
 
 
 def described_model(
-    config: dict, custom_objects: Mapping[str, Any] | None, legacy: bool
+    text: str | bytes, custom_objects: Mapping[str, Any] | None, legacy: bool, safe_mode: bool
 ) -> keras.Model:
-    """The model that the config of a `.keras` file, or of a legacy `.h5` file, describes."""
+    """The model that the config of a `.keras` file, or of a legacy `.h5` file, describes.
+
+    It is not compiled.
+    """
     if legacy:
-        return model_from_config(deepcopy(config), custom_objects=custom_objects)
-    return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
+        known = {**(custom_objects or {}), **keras.saving.get_custom_objects()}
+        with keras_option_scope(use_legacy_config=True), SafeModeScope(safe_mode):
+            return model_from_config(json_utils.decode(text), custom_objects=known)
+    config = json.loads(text)
+    if isinstance(config, dict):
+        config["compile_config"] = None
+    with ObjectSharingScope():
+        return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode)
+
+
+def load_state(model: keras.Model, arrays: IO[bytes], archive: ZipFile) -> None:
+    """Give a model the state in a `.keras` archive, of which `arrays` is the HDF5 file."""
+    failed: set[int] = set()
+    errors: dict[int, tuple] = {}
+    assets = None
+    weights = saving_lib.H5IOStore(arrays, mode="r")
+    try:
+        if any(name.startswith("assets/") for name in archive.namelist()):
+            assets = saving_lib.DiskIOStore("assets", archive=archive, mode="r")
+        saving_lib._load_state(
+            model,
+            weights_store=weights,
+            assets_store=assets,
+            inner_path="",
+            visited_saveables=set(),
+            failed_saveables=failed,
+            error_msgs=errors,
+        )
+    finally:
+        weights.close()
+        if assets is not None:
+            assets.close()
+    if failed:
+        saving_lib._raise_loading_failure(errors)
+
+
+def compile_as_described(
+    model: keras.Model,
+    config: dict,
+    custom_objects: Mapping[str, Any] | None,
+    legacy: bool,
+    safe_mode: bool,
+) -> None:
+    """Compile a model as the file says that it was."""
+    with keras.saving.custom_object_scope(custom_objects or {}), SafeModeScope(safe_mode):
+        if not legacy:
+            model.compile_from_config(config)
+            model.compiled = True
+            return
+        config = json_utils.decode(json.dumps(config))
+        model.compile(**compile_args_from_training_config(config, custom_objects))
+        try_build_compiled_arguments(model)
 
 
 def is_rematerialized(layer: keras.Layer) -> bool:

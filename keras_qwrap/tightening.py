@@ -7,8 +7,10 @@ layer: beside weights of 2 bits that is a tenth of a file.
 import io
 import os
 import zipfile
+from collections.abc import Callable, Mapping
 
 import h5py
+import numpy as np
 
 from keras_qwrap.sealing import is_archive
 
@@ -16,8 +18,16 @@ _LIBRARY = "v108"
 _ARRAYS = "model.weights.h5"
 
 
-def tighten(path: str) -> None:
+Makers = Mapping[str, Callable[[], np.ndarray]]
+NOTHING: Makers = {}
+
+
+def tighten(path: str, replaced: Makers = NOTHING) -> None:
     """Write a `.keras` archive or HDF5 file anew, with the same members, arrays and attributes.
+
+    Args:
+        path: the file.
+        replaced: what makes the arrays that take the place of those of an HDF5 file, by name.
 
     Example:
 
@@ -38,10 +48,12 @@ def tighten(path: str) -> None:
     """
     loose = f"{path}.loose"
     os.replace(path, loose)
-    if is_archive(loose):
+    with open(loose, "rb") as file:
+        packed = is_archive(file.read(4))
+    if packed:
         _tighten_archive(loose, path)
     else:
-        _tighten_hdf5(loose, path)
+        _tighten_hdf5(loose, path, replaced)
     os.remove(loose)
 
 
@@ -51,20 +63,23 @@ def _tighten_archive(loose: str, path: str) -> None:
             content = source.read(member)
             if member.filename == _ARRAYS:
                 arrays = io.BytesIO()
-                _tighten_hdf5(io.BytesIO(content), arrays)
+                _tighten_hdf5(io.BytesIO(content), arrays, NOTHING)
                 content = arrays.getvalue()
             target.writestr(member, content)
 
 
-def _tighten_hdf5(loose: str | io.BytesIO, path: str | io.BytesIO) -> None:
+def _tighten_hdf5(loose: str | io.BytesIO, path: str | io.BytesIO, replaced: Makers) -> None:
     with h5py.File(loose, "r") as source, h5py.File(path, "w", libver=_LIBRARY) as target:
-        _copy(source, target)
+        _copy(source, target, replaced)
 
 
-def _copy(source: h5py.Group, target: h5py.Group) -> None:
+def _copy(source: h5py.Group, target: h5py.Group, replaced: Makers) -> None:
     for name, part in source.items():
+        make = replaced.get(part.name.lstrip("/"))
         if isinstance(part, h5py.Group):
-            _copy(part, target.create_group(name))
+            _copy(part, target.create_group(name), replaced)
+        elif make is not None:
+            target[name] = make()
         else:
             source.copy(part, target, name)
     # The longest text comes last, since HDF5 doubles its room for one that follows.

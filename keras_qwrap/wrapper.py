@@ -1,8 +1,9 @@
 """`KerasQuantizationWrapper`: any Keras layer, with quantized weights and outputs."""
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,14 @@ import numpy as np
 from keras import tree
 
 from keras_qwrap.channels import check_bool
-from keras_qwrap.construction import Construction, as_list, as_mapping, sign, with_training
+from keras_qwrap.construction import (
+    Construction,
+    as_list,
+    as_mapping,
+    copy_layer,
+    sign,
+    with_training,
+)
 from keras_qwrap.conversion import ConvertedWeight, converted_weight
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.packed_weights import kept_weights, store_packed, zeros_for_random
@@ -40,6 +48,18 @@ from keras_qwrap.supported import check_supported, refuse_replaced_weights
 from keras_qwrap.tensors import Tensor, read, to_numpy
 from keras_qwrap.weight_paths import copy_variables
 
+_LAYER_IS_OWN: ContextVar[bool] = ContextVar("layer_is_own", default=False)
+
+
+@contextmanager
+def layer_is_own() -> Iterator[None]:
+    """Let converted wrappers that are made in here take the layer itself, which nobody else has."""
+    token = _LAYER_IS_OWN.set(True)
+    try:
+        yield
+    finally:
+        _LAYER_IS_OWN.reset(token)
+
 
 @keras.saving.register_keras_serializable(PACKAGE)
 class KerasQuantizationWrapper(QuantizingLayer):
@@ -58,8 +78,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
         activation_quantizers: a quantizer for each output, in flattened order; one quantizer
             stands for a list of one.
         converted: the layer's weights lie on their grids already, as
-            `convert_to_inferable_quantizers` leaves them: they are used as they are, and not
-            trained.
+            `convert_to_inferable_quantizers` leaves them: a copy of the layer is wrapped, whose
+            weights are used as they are, and not trained.
         **kwargs: `name` and `trainable` (the wrapped layer's, by default),
             `activity_regularizer`.
 
@@ -100,6 +120,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
     ) -> None:
         if not isinstance(layer, keras.Layer):
             raise bad_type("layer", layer, "a Keras layer", "Pass for example Dense(8).")
+        if check_bool("converted", converted) and not _LAYER_IS_OWN.get():
+            layer = copy_layer(layer)
         self._layer_signature = inspect.signature(layer.call)
         self._signature = with_training(self._layer_signature)
         if type(self).call is KerasQuantizationWrapper.call:
@@ -109,7 +131,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         sign_build(self, inspect.signature(layer.build))
         self.layer = layer
         self.supports_masking = layer.supports_masking
-        self.converted = check_bool("converted", converted)
+        self.converted = converted
         self.weights_quantizers: dict[str, Quantizer] = {}
         for path, quantizer in as_mapping(weights_quantizers).items():
             self.add_weights_quantizer(path, quantizer)
@@ -217,12 +239,6 @@ class KerasQuantizationWrapper(QuantizingLayer):
                 "Where the call's arguments decide the outputs, build the wrapper by calling it "
                 "with them.",
             )
-
-    @property
-    def weights(self) -> list:
-        """All weights; in a converted layer with a `PackedWeight` for each that is quantized."""
-        packed = self._construction.packed
-        return [packed.get(id(variable), variable) for variable in super().weights]
 
     def latent_weight(self, name: str) -> keras.Variable:
         """The float variable of a quantized weight; `name` is its path, with `/` or `_`."""
@@ -406,7 +422,8 @@ class KerasQuantizationWrapper(QuantizingLayer):
             "converted": True,
             "trainable": False,
         }
-        new = type(self)(**config)
+        with layer_is_own():
+            new = type(self)(**config)
         new.build_from_config(self.get_build_config() or {})
         if not isinstance(self.layer, QuantizingLayer):
             copy_variables(self.layer, new.layer)
@@ -443,4 +460,5 @@ class KerasQuantizationWrapper(QuantizingLayer):
         config["layer"] = deserialize_layer(config["layer"])
         for name in ("weights_quantizers", "activation_quantizers"):
             config[name] = deserialize_quantizers(config[name])
-        return cls(**config)
+        with layer_is_own():
+            return cls(**config)

@@ -290,7 +290,7 @@ def test_what_h5py_raises_on_damage_becomes_an_oserror(error, saved, tmp_path, m
 def test_what_rebuilding_raises_becomes_a_valueerror(error, saved, tmp_path, monkeypatch):
     path = tmp_path / "model.keras"
     path.write_bytes(saved["keras"])
-    monkeypatch.setattr(keras.models, "load_model", raising(error))
+    monkeypatch.setattr(keras.saving, "deserialize_keras_object", raising(error))
     refused(path, ValueError, type(error).__name__)
 
 
@@ -304,7 +304,7 @@ def raising(error):
 def test_an_interruption_is_not_swallowed(saved, tmp_path, monkeypatch):
     path = tmp_path / "model.keras"
     path.write_bytes(saved["keras"])
-    monkeypatch.setattr(keras.models, "load_model", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(keras.saving, "deserialize_keras_object", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         qi.keras_load_quantized_model(path)
 

@@ -75,7 +75,7 @@ def test_huge_metrics_are_refused(ending, tmp_path):
     path = saved(tmp_path, ending=ending, compiled=True)
     assert load(path).compiled
     path = with_config(path, '"num_labels": 2', '"num_labels": 15000000')
-    refused(ValueError, lambda: load(path), "variables of 720,000", "hostile")
+    refused(ValueError, lambda: load(path), "variables of 360,000", "hostile")
     assert not load(path, compile=False).compiled
 
 

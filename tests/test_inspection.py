@@ -83,7 +83,7 @@ def test_the_codes_of_layers_with_one_name_are_their_own(tmp_path):
     converted = qi.convert_to_inferable(qi.quantize_model(nested(), "w4"))
     for ending in ENDINGS:
         path = str(tmp_path / f"model{ending}")
-        converted.save(path)
+        qi.save_quantized_model(converted, path)
         rows = {layer.path: layer.quantizers[0] for layer in qi.inspect_file(path).layers}
         for side in ("left", "right"):
             wrapper = converted.get_layer(side).get_layer(f"deep_{side}").get_layer("same")

@@ -15,7 +15,7 @@ from subclassed_models import Net
 from subclassed_models import X as SUBCLASSED_X
 
 import keras_qwrap as qi
-from keras_qwrap.packed_weights import KEEP_CODES, PackedWeight
+from keras_qwrap.packed_weights import KEEP_CODES, CodesVariable
 
 Wrapper = qi.KerasQuantizationWrapper
 
@@ -75,7 +75,7 @@ X = floats(4, 6, 6, 2)
 
 def cleared_weights(layer):
     """Zeros for quantized weights, and all else as it is."""
-    stored = [isinstance(weight, PackedWeight) for weight in layer.weights]
+    stored = [isinstance(weight, CodesVariable) for weight in layer.weights]
     pairs = zip(layer.get_weights(), stored, strict=True)
     return [np.zeros_like(array) if quantized else array for array, quantized in pairs]
 
@@ -85,16 +85,19 @@ def cleared_weights(layer):
 def test_the_loader_decides(bits, ending, tmp_path):
     model = convolutional(bits)
     path = str(tmp_path / f"model{ending}")
-    model.save(path)
+    qi.save_quantized_model(model, path)
     small = qi.keras_load_quantized_model(path, keep_codes=True)
     assert len(codes_in(small)) == 3
     assert {v.dtype for v in codes_in(small)} == {"int16" if bits > 8 else "int8"}
     assert not codes_in(qi.keras_load_quantized_model(path))
     np.testing.assert_array_equal(to_numpy(small(X)), to_numpy(model(X)))
     np.testing.assert_array_equal(small.predict(X, verbose=0), model.predict(X, verbose=0))
-    for other in (".h5", ".keras"):
+    for other in (".h5", "_packed.h5", ".keras"):
         again = str(tmp_path / f"again{other}")
-        small.save(again)
+        if other == "_packed.h5":
+            qi.save_quantized_model(small, again)
+        else:
+            small.save(again)
         for keep in (True, False):
             loaded = qi.keras_load_quantized_model(again, keep_codes=keep)
             assert bool(codes_in(loaded)) is keep
@@ -198,6 +201,23 @@ def test_parts_of_the_layer_read_as_in_a_layer_with_floats():
     small.trainable = True
     assert not codes.trainable
     assert not any(variable is codes for variable in small.trainable_variables)
+
+
+def test_codes_are_variables_of_integers_and_arrays_of_weights():
+    wrapper = Wrapper(layers.Dense(2), {"kernel": weight(4)})
+    wrapper.build((None, 3))
+    small = kept(wrapper.convert_to_inferable_quantizers())
+    (codes,) = codes_in(small)
+    kernel = small.get_quantized_weights()["kernel"]
+    assert any(each is codes for each in small.weights)
+    assert (codes.dtype, tuple(codes.shape)) == ("int8", (3, 2))
+    np.testing.assert_array_equal(to_numpy(codes.value), small.get_codes()["kernel"][0])
+    for array in (np.asarray(codes), codes.numpy(), keras.ops.convert_to_numpy(codes)):
+        np.testing.assert_array_equal(array, kernel, strict=True)
+    before = to_numpy(codes.value)
+    codes.assign(np.zeros_like(kernel))
+    codes.assign(before)
+    np.testing.assert_array_equal(np.asarray(codes), kernel)
 
 
 def test_integers_are_weights_like_others():

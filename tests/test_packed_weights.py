@@ -9,7 +9,7 @@ from layer_cases import CASES, METHODS, Composite, floats, weight
 from reference import refused, to_numpy, traced_operations
 
 import keras_qwrap as qi
-from keras_qwrap.packed_weights import PackedWeight
+from keras_qwrap.construction import packed_in
 from keras_qwrap.packing import frame, framed_size
 from keras_qwrap.substitution import sublayers
 
@@ -36,8 +36,28 @@ def converted(layer, inputs, weights, call=()):
     return wrapper.convert_to_inferable_quantizers()
 
 
-def packed_in(layer):
-    return [weight for weight in layer.weights if isinstance(weight, PackedWeight)]
+def packers(layer):
+    """What packs each quantized weight of a layer."""
+    return list(packed_in(layer).values())
+
+
+def arrays_in(path):
+    """All arrays of an HDF5 file."""
+    found = []
+    with h5py.File(path) as file:
+        file.visititems(lambda _, part: found.append(part))
+        return [part[()] for part in found if isinstance(part, h5py.Dataset)]
+
+
+def check_weights(layer, values):
+    """To all but files they are variables of floats: by types, shapes and values."""
+    assert all(isinstance(each, keras.Variable) for each in layer.weights)
+    for each in layer.weights:
+        array = np.asarray(each)
+        assert (array.shape, array.dtype.name) == (tuple(each.shape), each.dtype)
+    for path, value in values.items():
+        (kernel,) = [each for each in layer.weights if each is layer.latent_weight(path)]
+        np.testing.assert_array_equal(np.asarray(kernel), value)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.weights], ids=lambda c: c.name)
@@ -45,6 +65,7 @@ def test_every_quantized_weight_is_packed(case):
     layer = converted(case.layer(), case.inputs, case.weights, case.call)
     codes, values = layer.get_codes(), layer.get_quantized_weights()
     bits = {path: layer.weights_quantizers[path].num_bits for path in codes}
+    check_weights(layer, values)
     stores = saved(layer)
     arrays = [array for _, store in stores for array in store.values()]
     sizes = sorted(array.size for array in arrays if array.dtype == np.uint8)
@@ -69,22 +90,15 @@ def test_codes_of_eight_bits_are_bytes():
     assert packed[:-6].tobytes() == bytes([8 + 128, len(header), 0]) + header
     codes = layer.get_codes()["kernel"][0]
     np.testing.assert_array_equal(packed[-6:].view(np.int8), codes.ravel())
-    (stand_in,) = packed_in(layer)
-    np.testing.assert_array_equal(np.asarray(stand_in), packed)
+    (packer,) = packers(layer)
+    np.testing.assert_array_equal(packer.packed(), packed)
 
 
-def test_weights_are_still_the_layers_own():
-    """To all but files: shapes, types, counts, values, and what `set_weights` takes."""
+def test_weights_are_set_and_counted_as_ever():
     bare, inputs = layers.Dense(2), floats(1, 3)
     layer = converted(bare, [inputs], {"kernel": weight(8)})
-    (stand_in,) = packed_in(layer)
     kernel = layer.get_quantized_weights()["kernel"]
-    assert tuple(stand_in.shape) == (3, 2) == stand_in.shape
-    assert stand_in.shape == np.asarray(stand_in).shape
-    assert stand_in.shape != (2, 3)
-    assert stand_in.dtype == "float32"
     assert layer.count_params() == bare.count_params() + 2
-    np.testing.assert_array_equal(to_numpy(stand_in.value), kernel)
     before = layer.get_weights()
     (found,) = [array for array in before if array.shape == (3, 2)]
     np.testing.assert_array_equal(found, kernel)
@@ -97,7 +111,7 @@ def test_weights_are_still_the_layers_own():
 
 def test_codes_without_negative_ones_are_not_signed():
     layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4, "UNIFORM")})
-    packed = packed_in(layer)[0].packed()
+    packed = packers(layer)[0].packed()
     codes = layer.get_codes()["kernel"][0].ravel()
     assert packed[0] == 4
     assert packed[-3:].tolist() == (codes[::2] + 16 * codes[1::2]).tolist()
@@ -110,25 +124,98 @@ def test_all_formats_are_packed(ending, tmp_path):
     model = keras.Model(inputs, layers.Dense(64, name="out")(inner(inputs)))
     new = qi.convert_to_inferable(qi.quantize_model(model, "w2"))
     path = str(tmp_path / f"model{ending}")
-    (new.save_weights if ending == ".weights.h5" else new.save)(path)
+    if ending == ".weights.h5":
+        new.save_weights(path)
+    else:
+        qi.save_quantized_model(new, path)
     if ending == ".keras":
         loaded = keras.models.load_model(path)
     elif ending == ".h5":
-        loaded = keras.models.load_model(path, compile=False)
+        loaded = qi.keras_load_quantized_model(path)
     else:
         loaded = qi.convert_to_inferable(qi.quantize_model(keras.models.clone_model(model), "w2"))
         loaded.load_weights(path)
     x = floats(4, 64)
     np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(new(x)))
     if ending != ".keras":
-        found = []
-        with h5py.File(path) as file:
-            file.visititems(lambda _, part: found.append(part))
-            found = [part[()] for part in found if isinstance(part, h5py.Dataset)]
-        assert [part.size for part in found if part.dtype == np.uint8] == [
-            3 + 33 + 64 * 64 // 4
-        ] * 2
+        found = arrays_in(path)
+        sizes = [part.size for part in found if part.dtype == np.uint8]
+        assert sizes == [3 + 33 + 64 * 64 // 4] * 2
         assert sum(part.size for part in found if part.dtype != np.uint8) == 4 * 64
+
+
+@pytest.mark.parametrize("load", [keras.models.load_model, qi.keras_load_quantized_model])
+def test_plain_h5_files_hold_floats(load, tmp_path):
+    """As everything that reads Keras' files expects, and exact."""
+    inner = keras.Sequential([keras.Input((4, 6)), layers.LSTM(5)], name="inner")
+    inputs = keras.Input((4, 6))
+    model = keras.Model(inputs, layers.Dense(3)(inner(inputs)))
+    new, path = qi.convert_to_inferable(qi.quantize_model(model, "w3")), str(tmp_path / "model.h5")
+    new.save(path)
+    assert all(array.dtype == np.float32 for array in arrays_in(path))
+    loaded, x = load(path), floats(2, 4, 6)
+    for a, b in zip(loaded.get_weights(), new.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(new(x)))
+    assert len(packed_in(loaded)) == 3
+    qi.save_quantized_model(loaded, path)
+    assert len([array for array in arrays_in(path) if array.dtype == np.uint8]) == 3
+
+
+def test_packed_h5_files_of_trainable_converted_layers(tmp_path):
+    """Keras writes what is trained first, and packed codes are not trained."""
+    layer = converted(layers.LSTM(3), [floats(1, 4, 2)], {"cell/recurrent_kernel": weight(4)})
+    other = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(5)})
+    model = keras.Sequential([keras.Input((4, 2)), layer, other])
+    path, x = str(tmp_path / "model.h5"), floats(2, 4, 2)
+    for flags in [(True, True), (True, False), (False, False)]:
+        layer.trainable, other.trainable = flags
+        qi.save_quantized_model(model, path)
+        loaded = qi.keras_load_quantized_model(path)
+        np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+        assert tuple(each.trainable for each in loaded.layers) == flags
+
+
+def test_many_names_in_an_h5_file(tmp_path):
+    """HDF5 takes at most 64 KB of them at once; Keras cuts the list."""
+    parts = [layers.Dense(2, name=f"{'n' * 220}_{i}") for i in range(300)]
+    model = keras.Sequential([keras.Input((2,)), *parts])
+    path, x = tmp_path / "model.h5", floats(2, 2)
+    qi.save_quantized_model(model, path)
+    np.testing.assert_array_equal(
+        to_numpy(qi.keras_load_quantized_model(path)(x)), to_numpy(model(x))
+    )
+
+
+def test_packed_h5_files_of_other_models_are_refused(tmp_path):
+    path = tmp_path / "model.h5"
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="dense")])
+    plain = tmp_path / "plain.h5"
+    qi.save_quantized_model(qi.convert_to_inferable(qi.quantize_model(model, "w4")), path)
+    load = qi.keras_load_quantized_model
+
+    def changed(change):
+        plain.write_bytes(path.read_bytes()[512:])
+        with h5py.File(plain, "a") as file:
+            (group,) = [part for part in file["model_weights"].values() if len(part) > 0]
+            change(group, list(group.attrs["weight_names"]))
+        return plain
+
+    def without(group, names):
+        group.attrs["weight_names"] = names[1:]
+
+    def twice(group, names):
+        group.attrs["weight_names"] = [names[0], *names]
+
+    def empty(group, names):
+        group.attrs["weight_names"] = np.array([], "S1")
+
+    for change, part in [
+        (without, "weights of layer"),
+        (twice, "weights of layer"),
+        (empty, "layers with weights"),
+    ]:
+        refused(ValueError, lambda change=change: load(changed(change)), str(plain), part)
 
 
 def test_a_layer_that_is_not_converted_keeps_its_floats():
@@ -141,21 +228,23 @@ def test_a_layer_that_is_not_converted_keeps_its_floats():
 def test_weights_inside_a_composite_layer_with_state_of_others():
     weights = {"first/kernel": weight(3), "blocks/1/kernel": weight(5)}
     layer = converted(Composite(0.5), [floats(2, 3)], weights)
-    sizes = [len(np.asarray(w)) for w in packed_in(layer)]
+    sizes = [packer.packed().size for packer in packers(layer)]
     expected = [framed_size("first/kernel", (3, 4), 3), framed_size("blocks/1/kernel", (3, 2), 5)]
     assert sorted(sizes) == sorted(expected)
-    assert not any(w.trainable for w in layer.weights)
+    assert not layer.trainable_weights
 
 
 def damaged(change):
     layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4)})
-    (packed,) = packed_in(layer)
-    return lambda: packed.assign(change(packed.packed()))
+    (packer,) = packers(layer)
+    return lambda: packer.unpacked(change(packer.packed()))
 
 
 def test_what_is_no_packed_weight_is_refused():
-    (packed,) = packed_in(converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4)}))
-    refused(TypeError, lambda: packed.unpacked(packed.numpy()), "float32", "uint8")
+    layer = converted(layers.Dense(2), [floats(1, 3)], {"kernel": weight(4)})
+    (packer,) = packers(layer)
+    kernel = to_numpy(layer.latent_weight("kernel"))
+    refused(TypeError, lambda: packer.unpacked(kernel), "float32", "uint8")
     refused(ValueError, damaged(lambda p: p[:-1]), "(36,)", "(37,)")
     refused(ValueError, damaged(lambda p: np.array([5, *p[1:]], np.uint8)), "packed codes")
     refused(ValueError, damaged(lambda p: np.array([*p[:-3], *[0x88] * 3], np.uint8)), "-7 to 7")
@@ -188,11 +277,11 @@ def test_codes_of_a_user_must_have_the_bits_that_they_should():
     layer = converted(
         layers.Dense(2, kernel_initializer="ones"), [floats(1, 2)], {"kernel": Halves()}
     )
-    assert packed_in(layer)[0].packed()[[0, -2, -1]].tolist() == [3, 0b10010010, 0b0100]
+    assert packers(layer)[0].packed()[[0, -2, -1]].tolist() == [3, 0b10010010, 0b0100]
     layer.latent_weight("kernel").assign(np.float32([[1, 2], [1.5, -2]]))
-    refused(ValueError, packed_in(layer)[0].packed, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
+    refused(ValueError, packers(layer)[0].packed, "Halves", "(-4, 4)", "from -4 to 3", "num_bits")
     layer.latent_weight("kernel").assign(np.float32([[1, 1], [1.5, -2]]))
-    assert packed_in(layer)[0].packed()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]
+    assert packers(layer)[0].packed()[[0, -2, -1]].tolist() == [3 + 128, 0b11010010, 0b1000]
 
 
 @pytest.mark.tensorflow
@@ -230,8 +319,8 @@ def test_a_loaded_model_runs_the_operations_of_the_float_model(ending, tmp_path)
     for recipe, data in {"w4": None, "w4a8": floats(8, 6, 6, 2)}.items():
         path = str(tmp_path / f"model{ending}")
         quantized = qi.quantize_model(model, recipe, data, verbose=0)
-        qi.convert_to_inferable(quantized).save(path)
-        loaded = keras.models.load_model(path, compile=False)
+        qi.save_quantized_model(qi.convert_to_inferable(quantized), path)
+        loaded = qi.keras_load_quantized_model(path, compile=False)
         assert len(packed_in(loaded)) == 6
         found[recipe] = traced_operations(loaded, (2, 6, 6, 2))
     expected = traced_operations(model, (2, 6, 6, 2))
@@ -252,8 +341,8 @@ def test_a_wrapper_around_a_wrapper_saves_both_its_weights(ending, tmp_path):
         loaded = qi.convert_to_inferable(keras.models.clone_model(model))
         loaded.load_weights(path)
     else:
-        new.save(path)
-        loaded = keras.models.load_model(path)
+        qi.save_quantized_model(new, path)
+        loaded = qi.keras_load_quantized_model(path)
     np.testing.assert_array_equal(
         to_numpy(loaded(floats(2, 4, 2))), to_numpy(model(floats(2, 4, 2)))
     )

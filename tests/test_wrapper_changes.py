@@ -6,9 +6,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from layer_cases import activation, fixed, floats, register, weight
+from layer_cases import Composite, activation, fixed, floats, register, weight
 
 import keras_qwrap as qi
+from keras_qwrap.weight_paths import find_weight
 
 Wrapper = qi.KerasQuantizationWrapper
 
@@ -180,3 +181,85 @@ def test_a_config_does_not_share_its_lists():
     )
     config.get_config()["weights_quantization_params"]["threshold"][0] = 77.0
     assert config.weights_quantization_params == {"threshold": [1.0, 2.0]}
+
+
+def snapshot(layer):
+    """What a layer and the layers inside it are made of: attributes, flags, values."""
+    parts = layer._flatten_layers()
+    return [
+        (part, dict(vars(part)), part.trainable, [to_numpy(v) for v in part.variables])
+        for part in parts
+    ]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "inputs", "path"),
+    [
+        (lambda: layers.Dense(2), floats(2, 3), "kernel"),
+        (
+            lambda: layers.Bidirectional(layers.LSTM(2)),
+            floats(2, 4, 3),
+            "forward_layer/cell/kernel",
+        ),
+        (lambda: layers.SeparableConv1D(2, 2), floats(2, 4, 3), "pointwise_kernel"),
+        (Composite, floats(2, 3), "first/kernel"),
+        (
+            lambda: keras.Sequential([keras.Input((3,)), layers.Dense(2, name="dense")]),
+            floats(2, 3),
+            "layers/0/kernel",
+        ),
+    ],
+    ids=["dense", "bidirectional", "separable", "composite", "model"],
+)
+def test_a_converted_wrapper_has_a_layer_of_its_own(layer, inputs, path, trainable, tmp_path):
+    """Nothing is installed in the given layer, and nothing in it is frozen."""
+    given = layer()
+    given(inputs)
+    quantizer = qi.WeightsSymmetricInferableQuantizer(8, 2.0, per_channel=False)
+    variable = find_weight(given, path)
+    variable.assign(quantizer(to_numpy(variable)))
+    before, outputs = snapshot(given), to_numpy(given(inputs))
+    wrapper = Wrapper(given, {path: quantizer}, converted=True, trainable=trainable)
+    np.testing.assert_array_equal(to_numpy(wrapper(inputs, training=False)), outputs)
+    for (part, names, flag, values), (same, now, still, found) in zip(
+        before, snapshot(given), strict=True
+    ):
+        assert part is same
+        assert names.keys() == now.keys()
+        assert all(names[name] is now[name] for name in names if callable(names[name]))
+        assert flag is still
+        for a, b in zip(values, found, strict=True):
+            np.testing.assert_array_equal(a, b)
+    inside = {id(part) for part in given._flatten_layers()}
+    assert not [part for part in wrapper._flatten_layers() if id(part) in inside]
+    assert wrapper.layer.name == given.name
+    variable.assign(to_numpy(variable) * 0)
+    np.testing.assert_array_equal(to_numpy(wrapper(inputs, training=False)), outputs)
+    model = keras.Sequential([keras.Input(inputs.shape[1:]), wrapper])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(inputs, training=False)), outputs)
+
+
+def test_a_converted_wrapper_of_a_layer_that_is_not_built():
+    given = layers.Dense(2, kernel_initializer="ones")
+    quantizer = qi.WeightsSymmetricInferableQuantizer(8, 2.0, per_channel=False)
+    wrapper = Wrapper(given, {"kernel": quantizer}, converted=True)
+    wrapper.build((None, 3))
+    assert not given.built
+    np.testing.assert_array_equal(to_numpy(wrapper(np.ones((1, 3), "float32"))), [[3.0, 3.0]])
+
+
+def test_made_from_its_config_a_converted_wrapper_copies_no_layer(monkeypatch):
+    quantizer = qi.WeightsSymmetricInferableQuantizer(8, 2.0, per_channel=False)
+    wrapper = Wrapper(layers.Dense(2), {"kernel": quantizer}, converted=True)
+    wrapper.build((None, 3))
+    config, made = wrapper.get_config(), []
+    real = layers.Dense.from_config.__func__
+    counted = classmethod(lambda cls, config: made.append(cls) or real(cls, config))
+    monkeypatch.setattr(layers.Dense, "from_config", counted)
+    Wrapper.from_config(config)
+    assert len(made) == 1
+    wrapper.convert_to_inferable_quantizers()
+    assert len(made) == 2
