@@ -1,13 +1,16 @@
 """Rows of the report: what there is to say of one weight, one activation, one layer."""
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import QuantizationMethod
 from keras_qwrap.quantizing_layer import Quantizer, inferable_twin
 from keras_qwrap.tensors import to_numpy
@@ -119,12 +122,29 @@ class LayerReport:
     outputs: UnquantizedOutputs | None = None
 
 
-def ask(question: Callable, *args: Any) -> Any:
-    """What a quantizer answers; None where it does not know, as one of a user may not."""
+def known(question: Callable, *args: Any) -> Any:
+    """What a quantizer answers; None where its class does not define the answer.
+
+    Any other error is one of the quantizer's own, and is not hidden.
+    """
     try:
         return question(*args)
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):
+    except NotImplementedError:
         return None
+
+
+@contextmanager
+def asking(layer: str, *roles: str) -> Iterator[None]:
+    """Say of an error which quantizers, of a layer, were asked."""
+    try:
+        yield
+    except Exception as error:
+        of = ", ".join(f"'{role}'" for role in roles)
+        error.add_note(
+            f"The report asked the quantizer of {of} in layer '{layer}'. What a quantizer does not "
+            "know it leaves undefined, or raises NotImplementedError for."
+        )
+        raise
 
 
 def measure_weight(
@@ -132,11 +152,17 @@ def measure_weight(
 ) -> QuantizedWeight:
     """What there is to say of a weight; `quantized` is its quantized value, None if unknown."""
     shape, w = tuple(variable.shape), to_numpy(variable).astype(np.float32)
-    twin: Any = ask(inferable_twin, quantizer)
-    config = ask(lambda: dict(twin.get_config())) or {}
+    finite = bool(np.isfinite(w).all())
+    # A range that is taken from the weight is none where that is not finite.
+    asked = finite or isinstance(quantizer, BaseKerasInferableQuantizer)
+    twin: Any = known(inferable_twin, quantizer) if asked else None
+    config: dict = {}
+    ranges = codes = None
+    if twin is not None:
+        config = known(twin.get_config) or {}
+        ranges = known(lambda: int(np.size(twin.scale)))
+        codes = known(lambda: np.asarray(twin.quantize_to_codes(w))) if finite else None
     num_bits, method = _num_bits(quantizer, twin), _method(quantizer)
-    ranges = ask(lambda: int(np.size(twin.scale)))
-    codes = ask(lambda: np.asarray(twin.quantize_to_codes(w)))
     before = after = 4 * w.size
     if num_bits is not None:
         ends = 2 if method == QuantizationMethod.UNIFORM.name else 1
@@ -149,10 +175,10 @@ def measure_weight(
         method=method,
         granularity=_granularity(ranges, config),
         ranges=ranges,
-        range=ask(_weight_range, config),
+        range=_ends(config, "threshold") or _ends(config, "min_range", "max_range"),
         codes_used=None if codes is None else len(np.unique(codes)),
-        codes_total=None if codes is None else ask(_number_of_codes, num_bits, config),
-        sqnr_db=None if quantized is None else _sqnr_db(w, quantized),
+        codes_total=None if codes is None else _number_of_codes(num_bits, config),
+        sqnr_db=None if quantized is None or not finite else _sqnr_db(w, quantized),
         bytes_before=before,
         bytes_after=after,
     )
@@ -164,15 +190,21 @@ def _granularity(ranges: int | None, config: dict) -> str | None:
     return "per channel" if config.get("per_channel", ranges > 1) else "per tensor"
 
 
-def _weight_range(config: dict) -> Ends | None:
-    low, high = ("threshold",) * 2 if "threshold" in config else ("min_range", "max_range")
-    return float(np.min(config[low])), float(np.max(config[high]))
+def _ends(config: dict, *keys: str) -> Ends | None:
+    """The least and the greatest of the numbers in a config; None where they are not there."""
+    try:
+        numbers = [np.asarray(config[key], np.float64) for key in keys if key in config]
+    except (TypeError, ValueError):
+        return None  # A class of the user's may mean something else by such a name.
+    if len(numbers) < len(keys) or any(array.size == 0 for array in numbers):
+        return None
+    return float(np.min(numbers[0])), float(np.max(numbers[-1]))
 
 
-def _number_of_codes(num_bits: int, config: dict) -> int:
+def _number_of_codes(num_bits: int | None, config: dict) -> int | None:
     if "lut_values" in config:
         return len(config["lut_values"])
-    return 2**num_bits - bool(config.get("narrow"))
+    return None if num_bits is None else 2**num_bits - bool(config.get("narrow"))
 
 
 def _sqnr_db(w: np.ndarray, quantized: np.ndarray) -> float:
@@ -181,35 +213,39 @@ def _sqnr_db(w: np.ndarray, quantized: np.ndarray) -> float:
     return math.inf if noise == 0 else float(10 * np.log10(signal / noise))
 
 
-def measure_activation(name: str, quantizer: Quantizer) -> QuantizedActivation:
-    """What there is to say of an output."""
-    twin: Any = ask(inferable_twin, quantizer) if quantizer.enabled else None
+def measure_activation(name: str, quantizer: Quantizer, built: bool = True) -> QuantizedActivation:
+    """What there is to say of an output; one that is not built has no range yet."""
     state = "quantized" if quantizer.enabled else "disabled"
-    if quantizer.enabled and ask(getattr, quantizer, "range", "given") is None:
+    if quantizer.enabled and not (built and _has_range(quantizer)):
         state = "not calibrated"
+    twin: Any = known(inferable_twin, quantizer) if state == "quantized" else None
+    config = {} if twin is None else known(twin.get_config) or {}
+    ends = _ends(config, "threshold")
+    if ends is not None:
+        ends = (-ends[1] if config.get("signed", True) else 0.0), ends[1]
     return QuantizedActivation(
         name=name,
         num_bits=_num_bits(quantizer, twin),
         method=_method(quantizer),
-        range=ask(lambda: _activation_range(twin.get_config())),
+        range=ends or _ends(config, "min_range", "max_range"),
         state=state,
     )
 
 
-def _activation_range(config: dict) -> Ends:
-    if "threshold" not in config:
-        return float(config["min_range"]), float(config["max_range"])
-    threshold = float(config["threshold"])
-    return (-threshold if config.get("signed", True) else 0.0), threshold
+def _has_range(quantizer: Any) -> bool:
+    """Whether a quantizer has its range; one that has no such attribute is not asked."""
+    # `getattr` with a default would hide an AttributeError that the attribute itself raises.
+    defined = inspect.getattr_static(quantizer, "range", None) is not None
+    return not defined or known(lambda: quantizer.range) is not None
 
 
 def _num_bits(quantizer: Quantizer, twin: Any) -> int | None:
     """As the inferable twin says, or else as the trainable quantizer's config does."""
-    found = ask(lambda: int(twin.num_bits))
+    found = None if twin is None else known(lambda: twin.num_bits)
     config = getattr(quantizer, "quantization_config", None)
     for name in ("weights_n_bits", "activation_n_bits"):
         found = getattr(config, name, None) if found is None else found
-    return found
+    return None if found is None else int(found)
 
 
 def _method(quantizer: Quantizer) -> str | None:

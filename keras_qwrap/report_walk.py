@@ -32,13 +32,14 @@ from keras_qwrap.report_rows import (
     FloatWeight,
     LayerReport,
     UnquantizedOutputs,
-    ask,
+    asking,
     measure_activation,
     measure_weight,
 )
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import input_layer, sublayers
 from keras_qwrap.weight_paths import variables_of_weights, weight_paths
+from keras_qwrap.wrapper import KerasQuantizationWrapper
 
 
 def rows_of(
@@ -129,20 +130,26 @@ class _Walk:
     def _visit_quantizing(self, layer: QuantizingLayer, path: str) -> None:
         inner: keras.Layer = getattr(layer, "layer", layer)
         converted: bool = getattr(layer, "converted", False)
-        quantized = {} if converted else ask(getattr(layer, "get_quantized_weights", dict)) or {}
         weights, activations, disabled = [], [], {}
-        for owner, role, quantizer in quantizers_in(layer):
-            if owner is not layer:
-                continue
-            if quantizer.quantization_target is QuantizationTarget.Activation:
-                activations.append(measure_activation(role, quantizer))
-                continue
-            variable = ask(owner.latent_weight, role)
-            if variable is not None and quantizer.enabled:
-                self._seen.add(id(variable))
-                weights.append(measure_weight(role, variable, quantizer, quantized.get(role)))
-            elif variable is not None:
-                disabled[id(variable)] = "its quantizer is disabled"
+        own = [
+            (role, quantizer) for owner, role, quantizer in quantizers_in(layer) if owner is layer
+        ]
+        quantized = {}
+        if isinstance(layer, KerasQuantizationWrapper) and layer.built and not converted:
+            with asking(path, *layer.weights_quantizers):
+                quantized = layer.get_quantized_weights()
+        for role, quantizer in own:
+            with asking(path, role):
+                if quantizer.quantization_target is QuantizationTarget.Activation:
+                    activations.append(measure_activation(role, quantizer, layer.built))
+                elif isinstance(layer, KerasQuantizationWrapper) and layer.built:
+                    variable = layer.latent_weight(role)
+                    if quantizer.enabled:
+                        self._seen.add(id(variable))
+                        values = quantized.get(role)
+                        weights.append(measure_weight(role, variable, quantizer, values))
+                    else:
+                        disabled[id(variable)] = "its quantizer is disabled"
         nested = inner is not layer and _holds_quantizers(inner)
         floats = () if nested else self._left_in_float(inner, disabled, wrapped=True)
         parts = (tuple(weights), tuple(activations), floats, self._outputs.get(id(layer)))

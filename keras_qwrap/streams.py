@@ -247,14 +247,15 @@ class _Check:
                 for array, tensor in zip(flat, keras.tree.flatten(self.expected), strict=True)
                 if not _fits(array, tensor)
             ]
-            if wrong and not self._is_taken(arrays):
+            if wrong:
                 shape, tensor = wrong[0]
-                raise bad_value(
+                refusal = bad_value(
                     where,
                     f"shape {shape} for input '{tensor.name}'",
                     f"shape {tuple(tensor.shape)}",
                     "Batch the data, and give it the shape that the model was built for.",
                 )
+                self._check_taken(arrays, refusal)
         ranks = [array.ndim for array in flat]
         if self._ranks not in (None, ranks):
             raise bad_value(
@@ -264,12 +265,12 @@ class _Check:
         self.index += 1
         return arrays
 
-    def _is_taken(self, arrays: Any) -> bool:
-        """Whether a model without graph takes other sizes than those it was built with."""
+    def _check_taken(self, arrays: Any, refusal: ValueError) -> None:
+        """Refuse sizes that the model was not built with, unless it has no graph and takes them."""
         flat, tensors = keras.tree.flatten(arrays), keras.tree.flatten(self.expected)
         same_ranks = [array.ndim for array in flat] == [len(tensor.shape) for tensor in tensors]
         if not same_ranks or not isinstance(self._model, QuantizedModel):
-            return False
+            raise refusal
         shapes = tuple(array.shape for array in flat)
         if shapes not in self._taken:
             specs = keras.tree.map_structure(
@@ -279,10 +280,9 @@ class _Check:
             )
             try:
                 self._model.compute_output_spec(specs)
-            except Exception:
-                return False
+            except Exception as error:
+                raise refusal from error
             self._taken.add(shapes)
-        return True
 
 
 def _matched(inputs: Any, expected: Any, where: str) -> Any:

@@ -328,6 +328,138 @@ def test_quantizers_that_say_nothing():
     assert " ".join(line.split()) == "dense Dense kernel 2x2 - - - -/- 0.0 dB 16 -> 16"
 
 
+class Faulty(qi.WeightsSymmetricInferableQuantizer):
+    """An inferable quantizer of a user's own, of which one method or property has a bug."""
+
+    fault: tuple[str, Exception] = ("", Exception())
+
+    def _or_fail(self, name, value):
+        if name == self.fault[0]:
+            raise self.fault[1]
+        return value
+
+    def get_config(self):
+        return self._or_fail("get_config", super().get_config())
+
+    @property
+    def scale(self):
+        return self._or_fail("scale", super().scale)
+
+    def quantize_to_codes(self, x):
+        return self._or_fail("quantize_to_codes", super().quantize_to_codes(x))
+
+    def __call__(self, inputs):
+        return self._or_fail("__call__", super().__call__(inputs))
+
+
+class FaultyTrained(qi.STEWeightQATQuantizer):
+    def convert2inferable(self):
+        raise self.error
+
+
+class FaultyActivation(qi.STEActivationQATQuantizer):
+    """Its property `range`, or its conversion, has a bug."""
+
+    fault: tuple[str, Exception]
+
+    @property
+    def range(self):
+        if self.fault[0] == "range":
+            raise self.fault[1]
+        return 0.0, 1.0
+
+    def convert2inferable(self):
+        if self.fault[0] == "convert2inferable":
+            raise self.fault[1]
+        return super().convert2inferable()
+
+
+class OwnError(Exception):
+    """One that takes other arguments than a text."""
+
+    def __init__(self, code, place):
+        super().__init__(code, place)
+
+
+BUGS = [
+    AttributeError("'NoneType' object has no attribute 'numpy'"),
+    KeyError("limit"),
+    TypeError("unsupported operand"),
+    ValueError("a bad value"),
+    OwnError(3, "here"),
+]
+
+
+def surfaces(model, error, role):
+    """The report raises the very error of the quantizer, and names it."""
+    with pytest.raises(type(error)) as caught:
+        quantization_report(model)
+    assert caught.value is error
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"The report asked the quantizer of '{role}' in layer 'dense'.")
+    del error.__notes__
+
+
+@pytest.mark.parametrize("error", BUGS, ids=lambda error: type(error).__name__)
+def test_bugs_of_a_users_quantizer_are_not_hidden(error):
+    for name in ("get_config", "scale", "quantize_to_codes", "__call__"):
+        model = dense_with(KERNEL, Faulty(8, 4.0, per_channel=False))
+        model.layers[0].weights_quantizers["kernel"].fault = (name, error)
+        surfaces(model, error, "kernel")
+    trained = FaultyTrained(qi.TrainableQuantizerWeightsConfig(METHODS.SYMMETRIC))
+    trained.error = error
+    surfaces(dense_with(KERNEL, trained), error, "kernel")
+    config = qi.TrainableQuantizerActivationConfig(METHODS.SYMMETRIC, 6, {"threshold": 1.0})
+    for name in ("range", "convert2inferable"):
+        output = FaultyActivation(config)
+        output.fault = (name, error)
+        surfaces(dense_with(KERNEL, weight(), output), error, "output_0")
+
+
+def test_what_a_users_quantizer_does_not_define_is_unknown():
+    undefined = NotImplementedError("nobody knows")
+    output = FaultyActivation(
+        qi.TrainableQuantizerActivationConfig(METHODS.SYMMETRIC, 6, {"threshold": 1.0})
+    )
+    output.fault = ("convert2inferable", undefined)
+    model = dense_with(KERNEL, Faulty(8, 4.0, per_channel=False), output)
+    for name in ("scale", "quantize_to_codes"):
+        model.layers[0].weights_quantizers["kernel"].fault = (name, undefined)
+        (layer,) = holding(quantization_report(model))
+        (row,), (outputs,) = layer.weights, layer.activations
+        assert (row.num_bits, row.range) == (8, (4.0, 4.0))
+        assert (row.ranges is None, row.codes_used is None) == (name == "scale", True)
+        assert outputs == QuantizedActivation("output_0", 6, "SYMMETRIC", None, "quantized")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_reported_without_codes(value):
+    kernel = KERNEL.copy()
+    kernel[0, 0] = value
+    for quantizer in (weight(4), weight(4, "UNIFORM"), weight(4, threshold=[1.0, 2.0, 4.0])):
+        row = kernel_row(kernel, quantizer)
+        assert (row.num_bits, row.codes_used, row.codes_total) == (4, None, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "ends"),
+    [
+        ({"threshold": [0.5, 2.0]}, (0.5, 2.0)),
+        ({"min_range": [-1.0, -0.5], "max_range": [1.0, 3.0]}, (-1.0, 3.0)),
+        ({"min_range": -1.0}, None),
+        ({"threshold": "high"}, None),
+        ({"threshold": {"a": 1}}, None),
+        ({"threshold": []}, None),
+    ],
+)
+def test_what_a_users_config_calls_a_range_may_be_anything(config, ends):
+    quantizer = SilentInferable()
+    model = dense_with(KERNEL, quantizer)
+    model.layers[0].weights_quantizers["kernel"].get_config = lambda: config
+    (layer,) = holding(quantization_report(model))
+    assert layer.weights[0].range == ends
+
+
 def test_wrapped_wrapper():
     inner = Wrapper(layers.Dense(3, name="d"), {"kernel": weight(3)})
     model = keras.Sequential([keras.Input((4,)), Wrapper(inner, {"layer/bias": fixed()})])

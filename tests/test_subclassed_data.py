@@ -135,3 +135,21 @@ def test_sizes_that_the_model_takes_are_taken():
     assert len(list(batches(model, x, 2))) == 2
     assert calls == [(2, 6, 3)]
     refused(ValueError, lambda: list(batches(model, x[..., :2])), "(4, 6, 2)", "(None, 4, 3)")
+
+
+class Picky(Mean):
+    def call(self, inputs):
+        if inputs.shape[1] == 3:
+            raise ZeroDivisionError("a bug of the model's own")
+        return super().call(inputs)
+
+
+def test_why_a_model_does_not_take_a_size_is_told():
+    """The error of a user's own call is behind the refusal of the data."""
+    model = Picky()
+    model(np.zeros((1, 4, 2), "float32"))
+    quantized = QuantizedModel(model)
+    assert [batch.shape for batch in batches(quantized, [np.zeros((2, 5, 2))])] == [(2, 5, 2)]
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 2\) for input") as caught:
+        list(batches(quantized, [np.zeros((2, 3, 2))]))
+    assert "a bug of the model's own" in str(caught.value.__cause__)
