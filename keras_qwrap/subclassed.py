@@ -51,7 +51,8 @@ class QuantizedModel(keras.Model):
     Legacy `.h5` files of subclassed models cannot be loaded, as in plain Keras: save to `.keras`.
 
     Args:
-        model: a subclassed model, which its `get_config` describes completely.
+        model: a subclassed model, which its config describes completely, or whose constructor
+            takes nothing.
         weights_quantizers: weight path -> quantizer, for example `"block/dense/kernel"`.
         activation_quantizers: path of an inner layer -> a quantizer for each of its outputs, in
             flattened order; one quantizer stands for a list of one. `"block/dense"`, `"layers/0"`.
