@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ import keras
 
 from keras_qwrap.channels import check_bool
 from keras_qwrap.construction import packed_in
-from keras_qwrap.errors import bad_type, bad_value, innermost, no_model
+from keras_qwrap.errors import bad_type, bad_value, innermost, no_model, warn
 from keras_qwrap.file_checks import Contents, check_size, checked_contents
 from keras_qwrap.holder import KerasActivationQuantizationHolder
 from keras_qwrap.packed_weights import (
@@ -226,10 +225,7 @@ def _load_legacy_optimizer(model: keras.Model, file: h5py.File) -> None:
     try:
         model.optimizer.set_weights(arrays)
     except ValueError as error:
-        warnings.warn(
-            f"The state of the optimizer in the file does not fit and is left out: {error}",
-            stacklevel=4,
-        )
+        warn(f"The state of the optimizer in the file does not fit and is left out: {error}")
 
 
 class Allowance:

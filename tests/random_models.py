@@ -59,6 +59,7 @@ def quantizer(random, shape):
     if kind == "uniform":
         low = (-random.uniform(0, 2, sizes)).tolist()
         return qi.WeightsUniformInferableQuantizer(bits, low, ends, per_channel, **channels)
+    bits = min(bits, 7)  # Fewer than those of the table's entries.
     table = random.choice(np.arange(-128, 128), min(2**bits, 20), replace=False).tolist()
     return qi.WeightsLUTSymmetricInferableQuantizer(bits, table, ends, per_channel, **channels)
 

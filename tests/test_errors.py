@@ -11,7 +11,7 @@ from reference import refused
 
 import keras_qwrap as qi
 from keras_qwrap.errors import bad_type, bad_value, nearest
-from keras_qwrap.range_search import METHODS
+from keras_qwrap.quantizers.config import RANGE_METHODS
 from keras_qwrap.recipes import as_recipe
 
 GRIDS = ("symmetric", "power_of_two", "uniform")
@@ -38,11 +38,11 @@ SUGGESTED = [
     (GRIDS, "uniform", ["asymmetric", "Asymmetric", "affine", "zero-point", "asym", "uniforn"]),
     (GRIDS, "symmetric", ["sym", "symmetrical", "SYMMETRIC", "symetric"]),
     (GRIDS, "power_of_two", ["pot", "POT", "po2", "power-of-two", "powerOfTwo", "pow2"]),
-    (METHODS, "minmax", ["max", "min_max", "min-max", "MinMax", "absmax"]),
-    (METHODS, "entropy", ["kl", "KL", "kl_divergence", "KLD"]),
-    (METHODS, "moving_average", ["ema", "MovingAverageMinMax", "moving average"]),
-    (METHODS, "mse", ["MSE", "l2", "squared_error"]),
-    (METHODS, "percentile", ["quantile", "percentiles"]),
+    (RANGE_METHODS, "minmax", ["max", "min_max", "min-max", "MinMax", "absmax"]),
+    (RANGE_METHODS, "entropy", ["kl", "KL", "kl_divergence", "KLD"]),
+    (RANGE_METHODS, "moving_average", ["ema", "MovingAverageMinMax", "moving average"]),
+    (RANGE_METHODS, "mse", ["MSE", "l2", "squared_error"]),
+    (RANGE_METHODS, "percentile", ["quantile", "percentiles"]),
 ]
 
 

@@ -1,6 +1,5 @@
 """The mechanism behind the inferable quantizers: stored ranges, and a grid."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from keras import ops
 
 from keras_qwrap import ranges
 from keras_qwrap.channels import Channels
-from keras_qwrap.errors import bad_value
+from keras_qwrap.errors import bad_value, warn
 from keras_qwrap.grids import IntegerGrid, LookupGrid, check_num_bits, check_scale, float_array
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import QuantizationMethod
@@ -253,10 +252,9 @@ def _check_widths(num_bits: int, bitwidth: int) -> None:
         fix = "Lower num_bits, or raise lut_values_bitwidth."
         raise bad_value("num_bits", num_bits, f"at most lut_values_bitwidth={bitwidth}", fix)
     if num_bits == bitwidth:
-        warnings.warn(
+        warn(
             f"num_bits: received {num_bits}, as many as lut_values_bitwidth: a table of so many "
-            "integers is an integer grid. Lower num_bits, or use a quantizer without a table.",
-            stacklevel=4,
+            "integers is an integer grid. Lower num_bits, or use a quantizer without a table."
         )
 
 
