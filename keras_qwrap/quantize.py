@@ -29,6 +29,7 @@ from keras_qwrap.placement import (
     can_be_quantized,
     carries_grid,
     exact_inputs,
+    inputs_of_custom_layers,
     output_range,
     output_ranges,
 )
@@ -264,6 +265,7 @@ class _GraphQuantizer(Copier):
         for graph in graphs:
             self._outputs |= output_ranges(graph)
         self._exact = exact_inputs(model)
+        self._of_custom_layers = inputs_of_custom_layers(model)
         self._held: dict[int, keras.KerasTensor] = {}
         names = [{op.name for op in getattr(g, "operations", g.layers)} for g in graphs]
         self._taken = set().union(*names)
@@ -305,7 +307,7 @@ class _GraphQuantizer(Copier):
             names[making] = layer.name
         outputs = new(*args, **kwargs)
         held = [
-            self._holder(name, spec, kind)(tensor)
+            self._holder(name, _output_quantizer(spec, kind))(tensor)
             for name, kind, tensor in zip(names, kinds, keras.tree.flatten(outputs), strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, held)
@@ -315,27 +317,25 @@ class _GraphQuantizer(Copier):
         if model is self._model:
             olds = keras.tree.flatten(model.input)
             for old, new in zip(olds, keras.tree.flatten(inputs), strict=True):
-                spec = self._input_spec(old)
-                if spec:
-                    self._held[id(new)] = self._holder(f"{new.name}_quantizer", spec)(new)
+                quantizer = self._input_quantizer(old)
+                if quantizer:
+                    self._held[id(new)] = self._holder(f"{new.name}_quantizer", quantizer)(new)
         return inputs
 
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
         layers = super().sequential_layers(model)
-        spec = self._input_spec(model.inputs[0]) if model is self._model else None
-        if spec is None:
+        quantizer = self._input_quantizer(model.inputs[0]) if model is self._model else None
+        if quantizer is None:
             return layers
-        return [self._holder(f"{model.inputs[0].name}_quantizer", spec), *layers]
+        return [self._holder(f"{model.inputs[0].name}_quantizer", quantizer), *layers]
 
-    def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
-        if not can_be_quantized(tensor) or id(tensor) in self._exact:
+    def _input_quantizer(self, tensor: keras.KerasTensor) -> BaseKerasTrainableQuantizer | None:
+        spec = self._decisions[id(input_layer(tensor))].activations
+        if not spec or not can_be_quantized(tensor) or id(tensor) in self._exact:
             return None
-        return self._decisions[id(input_layer(tensor))].activations
+        return activation_quantizer(spec, id(tensor) in self._of_custom_layers)
 
-    def _holder(
-        self, name: str, spec: ActivationSpec, output: OutputRange = OutputRange.DATA
-    ) -> keras.Layer:
-        quantizer = _output_quantizer(spec, output)
+    def _holder(self, name: str, quantizer: BaseKerasTrainableQuantizer) -> keras.Layer:
         return KerasActivationQuantizationHolder(quantizer, name=self._free(_scope_name(name)))
 
     def _free(self, name: str) -> str:

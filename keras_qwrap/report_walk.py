@@ -13,6 +13,7 @@ from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
 from keras_qwrap.recipes import Recipe
 from keras_qwrap.report_reasons import (
+    WHOLE_NUMBERS,
     Decisions,
     WeightReasons,
     on_grid_of_weights,
@@ -114,11 +115,15 @@ class _Walk:
         converted: bool = getattr(layer, "converted", False)
         quantized = {} if converted else ask(getattr(layer, "get_quantized_weights", dict)) or {}
         weights, activations, disabled = [], [], {}
+        outputs = self._outputs.get(id(layer))
         for owner, role, quantizer in quantizers_in(layer):
             if owner is not layer:
                 continue
             if quantizer.quantization_target is QuantizationTarget.Activation:
-                activations.append(measure_activation(role, quantizer))
+                if quantizer.pass_whole_numbers and quantizer.passes_input:
+                    outputs = WHOLE_NUMBERS
+                else:
+                    activations.append(measure_activation(role, quantizer))
                 continue
             variable = ask(owner.latent_weight, role)
             if variable is not None and quantizer.enabled:
@@ -128,7 +133,7 @@ class _Walk:
                 disabled[id(variable)] = "its quantizer is disabled"
         nested = inner is not layer and _holds_quantizers(inner)
         floats = () if nested else self._left_in_float(inner, disabled, wrapped=True)
-        parts = (tuple(weights), tuple(activations), floats, self._outputs.get(id(layer)))
+        parts = (tuple(weights), tuple(activations), floats, outputs)
         self.rows.append(LayerReport(path, type(inner).__name__, True, converted, *parts))
         if nested:
             self.visit(inner, f"{path}/{inner.name}")
