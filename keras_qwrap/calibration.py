@@ -117,7 +117,9 @@ def calibrate(
         if ends is not None:
             quantizer.set_range(*ends)
             found[name] = quantizer.range or ends
-    for one in seen:
+    for (_, quantizer), one in zip(rows, seen, strict=True):
+        if quantizer.pass_whole_numbers and one.number:
+            quantizer.set_whole_numbers(one.whole)
         one.warn()
     return found
 
@@ -198,7 +200,8 @@ class _Observer(keras.Model):
     """Runs a model while its activations pass in float, and returns what they were.
 
     Outputs, a row for each quantizer: `ends`, its least and greatest value and how many there
-    were; `samples`, values at random positions, which differ from batch to batch. With `bounds`,
+    were; `samples`, values at random positions, which differ from batch to batch; `whole`, whether
+    all are whole numbers, for a quantizer that asks. With `bounds`,
     each activation is clipped to its row of them first.
     """
 
@@ -207,6 +210,7 @@ class _Observer(keras.Model):
         self.model = model
         self.order: list[int] = []
         self._rows = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
+        self._asking = [quantizer.pass_whole_numbers for quantizer in quantizers]
         self._number = number
         self._random = np.random.default_rng(_SEED).integers(2**30, size=number, dtype=np.int32)
         self.run_eagerly = model.run_eagerly
@@ -235,6 +239,7 @@ class _Observer(keras.Model):
         return {
             "ends": ops.stack([_ends(tensors) for tensors in seen.values()]),
             "samples": ops.stack([self._sample(t, inputs["shift"]) for t in seen.values()]),
+            "whole": ops.stack([_whole(t if self._asking[row] else []) for row, t in seen.items()]),
         }
 
     def _sample(self, tensors: list[Tensor], shift: Tensor) -> Tensor:
@@ -256,6 +261,12 @@ class _Observer(keras.Model):
         return ops.reshape(ops.stack(drawn, axis=1), (-1,))[: self._number]
 
 
+def _whole(tensors: list[Tensor]) -> Tensor:
+    """Whether all numbers are whole; False where there are none."""
+    each = [ops.all(ops.equal(tensor, ops.round(tensor))) for tensor in tensors]
+    return ops.all(ops.stack(each)) if each else ops.convert_to_tensor(False)
+
+
 def _ends(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return ops.zeros((3,))
@@ -275,12 +286,15 @@ def _see(observer: _Observer, inputs: Any, shift: int, seen: list["_Seen"]) -> N
         out = observer.predict_on_batch(feed)
         # Where outputs of several replicas are joined, the first one's come first.
         ends, samples = out["ends"][: len(seen)], out["samples"][: len(seen)]
+        whole = out["whole"][: len(seen)]
         for one, row in zip(seen, ends, strict=True):
             one.check(row)
         outlying = [
             row
             for row in observer.order
-            if np.isinf(bounds[row, 0]) and _bounds(*_of(samples[row], ends[row])) is not None
+            if np.isinf(bounds[row, 0])
+            and not whole[row]
+            and _bounds(*_of(samples[row], ends[row])) is not None
         ]
         if not outlying:
             break
@@ -288,7 +302,8 @@ def _see(observer: _Observer, inputs: Any, shift: int, seen: list["_Seen"]) -> N
         bounds[first] = _bounds(*_of(samples[first], ends[first]))
         seen[first].note_outliers(*ends[first][:2])
         feed["bounds"] = bounds
-    for one, row, drawn in zip(seen, ends, samples, strict=True):
+    for one, row, drawn, are_whole in zip(seen, ends, samples, whole, strict=True):
+        one.whole = one.whole and (bool(are_whole) or row[2] == 0)
         one.add(row, drawn)
 
 
@@ -317,6 +332,7 @@ class _Seen:
 
     def __init__(self, name: str, momentum: float) -> None:
         self.number = 0
+        self.whole = True
         self._name = name
         self._momentum = momentum
         self._ends = (np.inf, -np.inf)
@@ -368,7 +384,7 @@ class _Seen:
         """Samples and ends for the search, without outliers."""
         samples = self._samples[: self.number]
         low, high = self._average if method == "moving_average" else self._ends
-        bounds = _bounds(samples, *self._ends)
+        bounds = None if self.whole else _bounds(samples, *self._ends)
         if bounds is not None:
             self.note_outliers(*self._ends)
             low, high = np.clip((low, high), *bounds)

@@ -11,9 +11,8 @@ from keras_qwrap.quantizing_layer import (
     Quantizer,
     QuantizingLayer,
     check_format_version,
-    copy_quantizer,
+    converted_quantizer,
     deserialize_quantizers,
-    inferable_twin,
     serialize_quantizer,
 )
 from keras_qwrap.tensors import Tensor
@@ -94,10 +93,9 @@ class KerasActivationQuantizationHolder(QuantizingLayer):
                 f"convert_to_inferable_quantizers: received holder '{self.name}', which is not "
                 "built, expected a built one. Call it first."
             )
-        quantizer = self.activation_holder_quantizer
         config = check_format_version(self.get_config())
-        config["activation_holder_quantizer"] = (
-            inferable_twin(quantizer) if quantizer.enabled else copy_quantizer(quantizer)
+        config["activation_holder_quantizer"] = converted_quantizer(
+            self.activation_holder_quantizer
         )
         new = type(self)(**config | {"trainable": False})
         new.build_from_config(build_config)

@@ -13,7 +13,7 @@ from keras_qwrap.construction import Construction, shapes_of, sign
 from keras_qwrap.copying import has_graph
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.remaking import made_again, refuse_other_policies
-from keras_qwrap.substitution import output_specs, sublayers
+from keras_qwrap.substitution import is_of_user, output_specs, sublayers
 from keras_qwrap.supported import refuse_raw_variables
 from keras_qwrap.weight_paths import copy_flags, copy_variables, follow, own_weights, walk
 
@@ -40,6 +40,14 @@ def kind(operation: Any) -> str:
         if cls.__module__.split(".")[0] == "keras":
             return cls.__name__
     return ""
+
+
+def is_custom(operation: Any) -> bool:
+    """Whether an operation is a layer that computes what its user wrote."""
+    if not isinstance(operation, keras.Layer):
+        return False
+    cls = next(cls for cls in type(operation).__mro__ if "call" in vars(cls))
+    return is_of_user(cls) or isinstance(operation, keras.layers.Lambda)
 
 
 def is_identity(operation: Any) -> bool:

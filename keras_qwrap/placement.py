@@ -15,20 +15,29 @@ The rules, for each operation of a Functional or Sequential graph:
   those that Keras declares as floats and computes as integers (what lookups count, and sums or
   concatenations of such), nor sparse and ragged ones.
 - A model's input is left as it is where something needs its exact values (token ids, the value that
-  stands for a masked step), also behind functions of that input alone, and where only batch
-  normalization or `Normalization` reads it, made for inputs of unlike sizes; so is whatever else
-  is read for its exact values.
+  stands for a masked step), be it inside a layer, also behind functions of that input alone, and
+  where only batch normalization or `Normalization` reads it, made for inputs of unlike sizes; so is
+  whatever else is read for its exact values.
+- An input of rank 3 or less that only layers outside Keras read may hold whole numbers (labels,
+  lengths, indices): its quantizer passes them, if calibration finds that its data hold no others.
 """
 
 import enum
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
 from keras_qwrap.copying import is_graph, unwrapped
-from keras_qwrap.inner_layers import is_identity, kind
-from keras_qwrap.substitution import GraphNode, graph_nodes, output_specs
+from keras_qwrap.inner_layers import is_custom, is_identity, kind
+from keras_qwrap.substitution import (
+    GraphNode,
+    graph_nodes,
+    output_specs,
+    sublayers,
+    traced_nodes,
+)
 
 LINEAR = frozenset(
     {f"Conv{rank}D{kind}" for rank in (1, 2, 3) for kind in ("", "Transpose")}
@@ -54,9 +63,24 @@ CARRIERS = frozenset(
 )
 _LOOKUPS = frozenset(
     {"CategoryEncoding", "Discretization", "Embedding", "HashedCrossing", "Hashing"}
-    | {"IntegerLookup", "Masking", "OneHot", "ReversibleEmbedding", "StringLookup"}
+    | {"IntegerLookup", "Masking", "MultiHot", "OneHot", "ReversibleEmbedding", "StringLookup"}
 )
 """What needs the exact values of its input."""
+
+_INDEXING = {
+    "CTCLoss": {"target", "target_length", "output_length"},
+    "SparseCategoricalCrossentropy": {"target"},
+    "TakeAlongAxis": {"indices"},
+}
+"""Functions that need the exact values of some arguments, and take floats for them."""
+
+_CALLING_FUNCTIONS = frozenset(
+    {"AssociativeScan", "Cond", "ForiLoop", "Map", "Scan", "Switch", "VectorizedMap", "WhileLoop"}
+)
+"""Functions that are given functions, into which nobody can see."""
+
+_HIGHEST_RANK_OF_WHOLE_NUMBERS = 3
+"""Rank, with the batch, of the inputs that may hold ids or lengths; others hold pixels."""
 
 NORMALIZATIONS = frozenset({"BatchNormalization", "Normalization"})
 _MAX_POOLING = frozenset(
@@ -178,20 +202,23 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
             readers.setdefault(id(tensor), []).append(node)
     leaving = {id(tensor) for tensor in ends}
 
-    def only_reader(tensor: keras.KerasTensor, skipped: Callable[[GraphNode], bool]) -> Any:
-        """The one operation that reads a tensor, behind those that are skipped, or None."""
+    def only_reader(
+        tensor: keras.KerasTensor, skipped: Callable[[GraphNode], bool]
+    ) -> tuple[GraphNode, keras.KerasTensor] | None:
+        """The one node that reads a tensor, behind those that are skipped, and what it reads."""
         reading = readers.get(id(tensor), [])
         if id(tensor) in leaving or len(reading) != 1:
             return None
         skip = skipped(reading[0])
-        return only_reader(reading[0].outputs[0], skipped) if skip else reading[0].operation
+        return only_reader(reading[0].outputs[0], skipped) if skip else (reading[0], tensor)
 
     def fused_reader(operation: Any, tensor: keras.KerasTensor) -> Any:
         lookup = only_reader(tensor, _passes_on)
-        if kind(lookup) in _LOOKUPS:
-            return None if is_graph(operation) or carries_grid(operation) else lookup
+        if lookup and _needs_exactly(*lookup):
+            carries = is_graph(operation) or carries_grid(operation)
+            return None if carries else lookup[0].operation
         reader = only_reader(tensor, lambda node: is_identity(node.operation))
-        return reader if _fuses(operation, reader) else None
+        return reader[0].operation if reader and _fuses(operation, reader[0].operation) else None
 
     into: dict[int, list[Any]] = {}
     apart = set()
@@ -210,18 +237,36 @@ def exact_inputs(model: keras.Model) -> dict[int, list[Any]]:
     found = {}
     for tensor in model.inputs:
         readers = list(_readers(tensor, model))
-        exact = [reader for reader, floats in readers if kind(reader) in _LOOKUPS or not floats]
-        if readers and all(kind(reader) in NORMALIZATIONS for reader, _ in readers):
-            exact = [reader for reader, _ in readers]
+        operations = [unwrapped(node.operation) for node, _ in readers]
+        exact = [
+            operation
+            for operation, (node, read) in zip(operations, readers, strict=True)
+            if _needs_exactly(node, read, unknown=True) or not any(map(_is_float, node.outputs))
+        ]
+        if readers and all(kind(operation) in NORMALIZATIONS for operation in operations):
+            exact = operations
         if exact:
             found[id(tensor)] = [op for op in exact if isinstance(op, keras.Layer)] or exact
     return found
 
 
-def _readers(tensor: keras.KerasTensor, model: keras.Model) -> Iterator[tuple[Any, bool]]:
+def inputs_of_custom_layers(model: keras.Model) -> set[int]:
+    """The inputs of a graph, by `id`, that may hold whole numbers for layers outside Keras."""
+    found = set()
+    for tensor in model.inputs:
+        readers = [unwrapped(node.operation) for node, _ in _readers(tensor, model)]
+        low = len(tensor.shape) <= _HIGHEST_RANK_OF_WHOLE_NUMBERS
+        if low and readers and all(map(is_custom, readers)):
+            found.add(id(tensor))
+    return found
+
+
+def _readers(
+    tensor: keras.KerasTensor, model: keras.Model
+) -> Iterator[tuple[GraphNode, keras.KerasTensor]]:
     """What reads a tensor, behind what only moves its values and functions of it alone.
 
-    And whether it makes any floats.
+    And the tensor that it reads.
     """
     for node in graph_nodes(model):
         operation = unwrapped(node.operation)
@@ -233,12 +278,51 @@ def _readers(tensor: keras.KerasTensor, model: keras.Model) -> Iterator[tuple[An
             for output in node.outputs:
                 yield from _readers(output, model)
         elif places:
-            yield operation, any(_are_float([output]) for output in node.outputs)
+            yield node, tensor
 
 
 def _passes_on(node: GraphNode) -> bool:
     function = not isinstance(node.operation, keras.Layer) and len(node.inputs) == 1
-    return function or carries_grid(unwrapped(node.operation))
+    if function:
+        return kind(node.operation) not in _LOOKUPS and kind(node.operation) not in _INDEXING
+    return carries_grid(unwrapped(node.operation))
+
+
+def _needs_exactly(node: GraphNode, tensor: keras.KerasTensor, unknown: bool = False) -> bool:
+    """Whether a tensor reaches, in an operation, what needs its exact values.
+
+    `unknown` is the answer where a lookup is inside, and what reaches it cannot be traced. Of a
+    layer without one nothing is known but what calibration finds.
+    """
+    operation = unwrapped(node.operation)
+    name = kind(operation)
+    if name in _LOOKUPS:
+        return True
+    if not isinstance(operation, keras.Layer):
+        return name in _INDEXING and _is_argument(node, tensor, _INDEXING[name])
+    if not any(kind(part) in _LOOKUPS for part in sublayers(operation)):
+        return False
+    try:
+        begin, nodes = traced_nodes(operation, node.arguments)
+    except Exception:
+        return unknown
+    pairs = zip(keras.tree.flatten(node.arguments), keras.tree.flatten(begin), strict=True)
+    reached = {id(new) for old, new in pairs if old is tensor}
+    for inner in nodes:
+        read = [each for each in inner.inputs if id(each) in reached]
+        if read and kind(inner.operation) in _CALLING_FUNCTIONS:
+            return unknown
+        to_integers = kind(inner.operation) == "Cast" and not _are_float(inner.outputs)
+        if any(to_integers or _needs_exactly(inner, each, unknown) for each in read):
+            return True
+        reached.update(id(output) for output in inner.outputs if read)
+    return False
+
+
+def _is_argument(node: GraphNode, tensor: keras.KerasTensor, names: set[str]) -> bool:
+    args, kwargs = node.arguments
+    given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
+    return any(given.get(name) is tensor for name in names)
 
 
 def carries_grid(operation: Any) -> bool:
@@ -246,8 +330,12 @@ def carries_grid(operation: Any) -> bool:
     return kind(operation) in CARRIERS or is_identity(operation)
 
 
+def _is_float(tensor: keras.KerasTensor) -> bool:
+    return "float" in keras.backend.standardize_dtype(tensor.dtype)
+
+
 def _are_float(tensors: list[keras.KerasTensor]) -> bool:
-    return all("float" in keras.backend.standardize_dtype(tensor.dtype) for tensor in tensors)
+    return all(map(_is_float, tensors))
 
 
 def _fuses(operation: Any, reader: Any) -> bool:

@@ -28,6 +28,7 @@ from keras_qwrap.placement import (
     can_be_quantized,
     carries_grid,
     exact_inputs,
+    inputs_of_custom_layers,
     output_range,
     output_ranges,
 )
@@ -424,6 +425,7 @@ class _GraphQuantizer(Copier):
         for graph in graphs:
             self._outputs |= output_ranges(graph)
         self._exact = exact_inputs(model)
+        self._of_custom_layers = inputs_of_custom_layers(model)
         self._held: dict[int, keras.KerasTensor] = {}
         names = [{op.name for op in getattr(g, "operations", g.layers)} for g in graphs]
         self._taken = set().union(*names)
@@ -465,7 +467,7 @@ class _GraphQuantizer(Copier):
         outputs = new(*args, **kwargs)
         trainable = id(layer) not in self._frozen
         held = [
-            self._holder(name, spec, trainable, kind)(tensor)
+            self._holder(name, _output_quantizer(spec, kind), trainable)(tensor)
             for name, kind, tensor in zip(names, kinds, keras.tree.flatten(outputs), strict=True)
         ]
         return keras.tree.pack_sequence_as(outputs, held)
@@ -475,36 +477,30 @@ class _GraphQuantizer(Copier):
         if model is self._model:
             news = keras.tree.flatten(inputs)
             for old, new, name in zip(model.inputs, news, input_names(model), strict=True):
-                spec = self._input_spec(old)
-                if spec:
-                    holder = self._holder(f"{name}_quantizer", spec, model.trainable)
+                quantizer = self._input_quantizer(old)
+                if quantizer:
+                    holder = self._holder(f"{name}_quantizer", quantizer, model.trainable)
                     self._held[id(new)] = holder(new)
         return inputs
 
     def sequential_layers(self, model: keras.Sequential) -> list[keras.Layer]:
         layers = super().sequential_layers(model)
-        spec = self._input_spec(model.inputs[0]) if model is self._model else None
-        if spec is None:
+        quantizer = self._input_quantizer(model.inputs[0]) if model is self._model else None
+        if quantizer is None:
             return layers
         name = f"{input_names(model)[0]}_quantizer"
-        return [self._holder(name, spec, model.trainable), *layers]
+        return [self._holder(name, quantizer, model.trainable), *layers]
 
-    def _input_spec(self, tensor: keras.KerasTensor) -> ActivationSpec | None:
-        if not can_be_quantized(tensor) or id(tensor) in self._exact:
+    def _input_quantizer(self, tensor: keras.KerasTensor) -> BaseKerasTrainableQuantizer | None:
+        spec = self._decisions[id(input_layer(tensor))].activations
+        if not spec or not can_be_quantized(tensor) or id(tensor) in self._exact:
             return None
-        layer = input_layer(tensor)
-        spec = self._decisions[id(layer)].activations
-        self.quantized |= {id(layer)} if spec else set()
-        return spec
+        self.quantized |= {id(input_layer(tensor))}
+        return activation_quantizer(spec, id(tensor) in self._of_custom_layers)
 
     def _holder(
-        self,
-        name: str,
-        spec: ActivationSpec,
-        trainable: bool,
-        output: OutputRange = OutputRange.DATA,
+        self, name: str, quantizer: BaseKerasTrainableQuantizer, trainable: bool
     ) -> keras.Layer:
-        quantizer = _output_quantizer(spec, output)
         name = self._free(_scope_name(name))
         return KerasActivationQuantizationHolder(quantizer, name=name, trainable=trainable)
 

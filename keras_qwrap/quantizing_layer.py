@@ -264,6 +264,15 @@ def inferable_twin(quantizer: Quantizer) -> BaseKerasInferableQuantizer:
     return twin
 
 
+def converted_quantizer(quantizer: Any) -> Quantizer:
+    """What an activation quantizer becomes: its twin; a disabled copy where it passes its input."""
+    if not quantizer.passes_input:
+        return inferable_twin(quantizer)
+    copy: Any = copy_quantizer(quantizer)
+    copy.quantization_config = copy.quantization_config.disabled()
+    return copy
+
+
 def serialize_quantizer(quantizer: Quantizer) -> dict:
     """A quantizer as plain values; refused where its config would lose an argument."""
     _checked_config(quantizer)

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.copying import check_built, is_graph
+from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Recipe, as_recipe
 from keras_qwrap.report_rows import FloatWeight, LayerReport
 from keras_qwrap.report_walk import rows_of
@@ -178,13 +179,25 @@ def quantization_report(
 
 
 def _notes(model: keras.Model) -> tuple[str, ...]:
-    if is_graph(model):
-        return ()
+    notes = []
+    unknown = sorted(
+        owner.name
+        for owner, _, quantizer in quantizers_in(model)
+        if quantizer.pass_whole_numbers and quantizer.enabled and quantizer.whole_numbers is None
+    )
+    if unknown:
+        notes.append(f"{', '.join(unknown)}: {_MAY_BE_WHOLE}")
     if isinstance(model, QuantizedModel):
-        return (f"{_NO_GRAPH}: each inner layer's outputs are judged alone, none as fused",)
-    return (f"{_NO_GRAPH}: outputs without a quantizer are listed in graphs inside only",)
+        notes.append(f"{_NO_GRAPH}: each inner layer's outputs are judged alone, none as fused")
+    elif not is_graph(model):
+        notes.append(f"{_NO_GRAPH}: outputs without a quantizer are listed in graphs inside only")
+    return tuple(notes)
 
 
+_MAY_BE_WHOLE = (
+    "only layers outside Keras read this input. Should it hold whole numbers (ids, labels, "
+    "lengths), quantizing changes them: calibrate with such data, and it is left as it is"
+)
 _NO_GRAPH = "A subclassed model has no graph of its activations"
 
 

@@ -38,6 +38,11 @@ Decisions = Mapping[int, Decision]
 
 _NOT_GIVEN = "no quantizer was given for it"
 
+WHOLE_NUMBERS = UnquantizedOutputs(
+    "float", "calibration found whole numbers alone, and only layers outside Keras read them"
+)
+"""Why an input's quantizer passes it."""
+
 
 class WeightReasons:
     """Why weights of a layer, or of the layers inside it, are in float."""

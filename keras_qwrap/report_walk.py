@@ -21,6 +21,7 @@ from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
 from keras_qwrap.recipes import Recipe
 from keras_qwrap.report_reasons import (
+    WHOLE_NUMBERS,
     Decisions,
     WeightReasons,
     despite_rule,
@@ -134,6 +135,7 @@ class _Walk:
         own = [
             (role, quantizer) for owner, role, quantizer in quantizers_in(layer) if owner is layer
         ]
+        outputs = self._outputs.get(id(layer))
         quantized = {}
         if isinstance(layer, KerasQuantizationWrapper) and layer.built and not converted:
             with asking(path, *layer.weights_quantizers):
@@ -141,7 +143,10 @@ class _Walk:
         for role, quantizer in own:
             with asking(path, role):
                 if quantizer.quantization_target is QuantizationTarget.Activation:
-                    activations.append(measure_activation(role, quantizer, layer.built))
+                    if quantizer.pass_whole_numbers and quantizer.passes_input:
+                        outputs = WHOLE_NUMBERS
+                    else:
+                        activations.append(measure_activation(role, quantizer, layer.built))
                 elif isinstance(layer, KerasQuantizationWrapper) and layer.built:
                     variable = layer.latent_weight(role)
                     if quantizer.enabled:
@@ -152,7 +157,7 @@ class _Walk:
                         disabled[id(variable)] = "its quantizer is disabled"
         nested = inner is not layer and _holds_quantizers(inner)
         floats = () if nested else self._left_in_float(inner, disabled, wrapped=True)
-        parts = (tuple(weights), tuple(activations), floats, self._outputs.get(id(layer)))
+        parts = (tuple(weights), tuple(activations), floats, outputs)
         self.rows.append(LayerReport(path, type(inner).__name__, True, converted, *parts))
         if nested:
             self.visit(inner, f"{path}/{inner.name}")

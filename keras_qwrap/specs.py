@@ -197,8 +197,12 @@ def weights_quantizer(
     return cls(config)
 
 
-def activation_quantizer(spec: ActivationSpec) -> BaseKerasTrainableQuantizer:
+def activation_quantizer(
+    spec: ActivationSpec, pass_whole_numbers: bool = False
+) -> BaseKerasTrainableQuantizer:
     """The trainable quantizer of an activation; it has no range before calibration or training.
+
+    With `pass_whole_numbers` it passes its tensor if calibration finds whole numbers alone in it.
 
     Example:
 
@@ -211,4 +215,4 @@ def activation_quantizer(spec: ActivationSpec) -> BaseKerasTrainableQuantizer:
     """
     cls, method = _ACTIVATIONS[str(spec.method)]
     config = TrainableQuantizerActivationConfig(method, spec.num_bits)
-    return cls(config, range_method=spec.range)
+    return cls(config, range_method=spec.range, pass_whole_numbers=pass_whole_numbers)

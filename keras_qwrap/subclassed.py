@@ -23,7 +23,7 @@ from keras_qwrap.quantizing_layer import (
     FORMAT_VERSION,
     Quantizer,
     check_format_version,
-    copy_quantizer,
+    converted_quantizer,
     deserialize_quantizers,
     inferable_twin,
     serialize_quantizer,
@@ -255,11 +255,11 @@ class QuantizedModel(keras.Model):
         """
         self._require_built("convert_to_inferable_quantizers")
         weights = self.wrapper.converted_weights()
-        quantizers = self.weights_quantizers
+        quantizers, activations = self.weights_quantizers, self.activation_quantizers
         new = type(self)(
             self.model,
             {path: inferable_twin(quantizers[path]) for path in weights},
-            {path: [_final(q) for q in qs] for path, qs in self.activation_quantizers.items()},
+            {path: [converted_quantizer(q) for q in qs] for path, qs in activations.items()},
             converted=True,
             example=self.inner_example(),
             name=self.name,
@@ -371,10 +371,6 @@ def _by_path(quantizers: Any) -> dict[str, list[Quantizer]]:
             "Pass for example {'block/dense': quantizer}.",
         )
     return {path: as_list(given) for path, given in as_mapping(quantizers).items() if given}
-
-
-def _final(quantizer: Quantizer) -> Quantizer:
-    return inferable_twin(quantizer) if quantizer.enabled else copy_quantizer(quantizer)
 
 
 def _assign(model: keras.Model, weights: dict[str, np.ndarray]) -> None:

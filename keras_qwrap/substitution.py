@@ -407,6 +407,67 @@ def graph_nodes(model: keras.Model) -> list[GraphNode]:
     ]
 
 
+def traced_nodes(layer: keras.Layer, arguments: tuple) -> tuple[Any, list[GraphNode]]:
+    """The graph of what a layer's `call` does with symbolic arguments, in order of execution.
+
+    Only what is called by `call` itself has a node, not what is inside of that. No state moves.
+
+    Args:
+        layer: a built layer.
+        arguments: positional and keyword arguments of the call.
+
+    Returns:
+        The arguments with the tensors that the graph begins with, and its nodes.
+
+    Raises:
+        Exception: of any kind, where the call does what symbolic tensors do not allow.
+    """
+    args, kwargs = keras.tree.map_structure(_placeholder, arguments)
+    inside = [(part, part._inbound_nodes, part._outbound_nodes) for part in sublayers(layer)]
+    before = [(len(inbound), len(outbound)) for _, inbound, outbound in inside]
+    try:
+        with keras.StatelessScope():
+            outputs = layer.call(*args, **kwargs)
+        nodes = _nodes_behind(keras.tree.flatten(outputs))
+    finally:
+        for (_, inbound, outbound), (ins, outs) in zip(inside, before, strict=True):
+            del inbound[ins:], outbound[outs:]
+    return (args, kwargs), nodes
+
+
+def _placeholder(value: Any) -> Any:
+    """A symbolic tensor without a history, whose sizes are all known, for each one that has one."""
+    if not isinstance(value, keras.KerasTensor):
+        return value
+    shape = tuple(_ANY_SIZE if size is None else size for size in value.shape)
+    return keras.KerasTensor(shape, value.dtype)
+
+
+_ANY_SIZE = 83
+"""What stands for an axis of unknown length: a number that no layer is made for."""
+
+
+def _nodes_behind(outputs: list) -> list[GraphNode]:
+    found: dict[int, GraphNode] = {}
+
+    def visit(tensor: Any) -> None:
+        history = getattr(tensor, "_keras_history", None)
+        if history is None or history.operation is None:
+            return
+        node = history.operation._inbound_nodes[history.node_index]
+        if id(node) not in found:
+            for each in node.input_tensors:
+                visit(each)
+            arguments = (node.arguments.args, node.arguments.kwargs)
+            found[id(node)] = GraphNode(
+                node.operation, list(node.input_tensors), list(node.outputs), arguments
+            )
+
+    for tensor in outputs:
+        visit(tensor)
+    return list(found.values())
+
+
 def has_own_call(model: keras.Model) -> bool:
     """Whether the class of a Functional or Sequential model computes more than its graph."""
     return type(model).call not in (Functional.call, keras.Sequential.call)

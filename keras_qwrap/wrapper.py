@@ -30,7 +30,7 @@ from keras_qwrap.quantizing_layer import (
     Quantizer,
     QuantizingLayer,
     check_format_version,
-    copy_quantizer,
+    converted_quantizer,
     deserialize_quantizers,
     inferable_twin,
     refuse_inner_wrappers,
@@ -416,8 +416,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
                 path: inferable_twin(quantizer) for path, quantizer, _ in self._enabled()
             },
             "activation_quantizers": [
-                inferable_twin(quantizer) if quantizer.enabled else copy_quantizer(quantizer)
-                for quantizer in self.activation_quantizers
+                converted_quantizer(quantizer) for quantizer in self.activation_quantizers
             ],
             "converted": True,
             "trainable": False,

@@ -3,9 +3,21 @@
 import re
 
 import keras
+import numpy as np
 import pytest
 from keras import layers, ops
 from reference import same
+from whole_number_layers import (
+    Counting,
+    Deeper,
+    Mapped,
+    Places,
+    Rows,
+    Shifted,
+    Words,
+    WordsCell,
+    WordsModel,
+)
 
 from keras_qwrap.inner_layers import IDENTITIES, is_identity
 from keras_qwrap.placement import (
@@ -14,6 +26,7 @@ from keras_qwrap.placement import (
     LINEAR,
     carries_grid,
     exact_inputs,
+    inputs_of_custom_layers,
     output_ranges,
 )
 
@@ -248,6 +261,131 @@ def test_names_are_left_as_they_are_behind_functions_too():
     model = keras.Model(ids, layers.Embedding(9, 2, name="table")(ops.clip(ids - 1.0, 0, 8)))
     assert exact(model) == {"ids": ["table"]}
     assert placed(model) == {"table": DATA}
+
+
+def ids_into(*parts, shape=(6,)):
+    return chain(*parts, shape=shape)
+
+
+READING = {
+    "inside a layer": (lambda: ids_into(Words(name="reader")), True),
+    "behind functions": (
+        lambda: ids_into(lambda x: ops.clip(x - 1, 0, 8), Words(name="reader")),
+        True,
+    ),
+    "behind a reshape": (lambda: ids_into(layers.Reshape((2, 3)), Words(name="reader")), True),
+    "in a nested model": (
+        lambda: ids_into(
+            keras.Sequential([keras.Input((6,)), Words(name="reader")], name="nested")
+        ),
+        True,
+    ),
+    "in a subclassed model": (lambda: ids_into(WordsModel(name="reader")), True),
+    "in a model in a layer": (
+        lambda: ids_into(
+            layers.TimeDistributed(keras.Sequential([keras.Input((2,)), Words()]), name="reader"),
+            shape=(3, 2),
+        ),
+        True,
+    ),
+    "at each step": (
+        lambda: ids_into(
+            layers.TimeDistributed(layers.Embedding(9, 2), name="reader"), shape=(3, 2)
+        ),
+        True,
+    ),
+    "at each of any number of steps": (
+        lambda: ids_into(
+            layers.TimeDistributed(layers.Embedding(9, 2), name="reader"), shape=(None, 2)
+        ),
+        True,
+    ),
+    "both ways": (
+        lambda: ids_into(
+            layers.Bidirectional(layers.RNN(WordsCell()), name="reader"), shape=(6, 1)
+        ),
+        True,
+    ),
+    "where state moves": (lambda: ids_into(Counting(name="reader")), True),
+    "in a function": (lambda: ids_into(Mapped(name="reader")), True),
+    "of rank 4": (lambda: ids_into(Words(name="reader"), shape=(2, 3, 4)), True),
+    "as one-hot numbers": (lambda: ids_into(lambda x: ops.one_hot(x, 9), layers.Dense(2)), True),
+    "as places": (
+        lambda: ids_into(
+            lambda x: ops.take_along_axis(ops.ones((1, 9)), x, axis=1), layers.Dense(2)
+        ),
+        True,
+    ),
+    "not at all": (lambda: ids_into(Places(name="reader"), shape=(6, 3)), False),
+    "not at all, of rank 4": (lambda: ids_into(Places(name="reader"), shape=(2, 6, 3)), False),
+    "by a dense layer": (lambda: ids_into(layers.Dense(2, name="reader")), False),
+}
+
+
+@pytest.mark.parametrize("how", READING)
+def test_an_input_that_reaches_a_lookup_in_a_layer_is_left_as_it_is(how):
+    """Wherever in it, not where the lookup reads something else; finding out leaves no trace."""
+    make, reached = READING[how]
+    model = make()
+    variables = [np.array(ops.convert_to_numpy(variable)) for variable in model.variables]
+    nodes = [len(layer._inbound_nodes) for layer in model._flatten_layers()]
+    found = exact(model)
+    assert list(found) == (["input"] if reached else [])
+    if "reader" in [layer.name for layer in model.layers]:
+        assert found == ({"input": ["reader"]} if reached else {})
+    for variable, before in zip(model.variables, variables, strict=True):
+        same(variable.value, before)
+    assert [len(layer._inbound_nodes) for layer in model._flatten_layers()] == nodes
+
+
+def test_one_of_two_inputs_of_a_layer_may_reach_its_lookup():
+    ids, weights = keras.Input((4,), name="ids"), keras.Input((4,), name="weights")
+    for outputs in (
+        Deeper(name="deeper")(ids, weights),
+        Deeper(name="deeper")(ids, weights=weights),
+    ):
+        assert exact(keras.Model([ids, weights], outputs)) == {"ids": ["deeper"]}
+
+
+def test_what_only_a_lookup_in_a_layer_reads_is_not_quantized():
+    """Ids that a layer makes; features that go beside the table of places are."""
+    made = chain(Shifted(name="shifted"), Words(name="words"), shape=(6,))
+    assert placed(made) == {"words": DATA}
+    dense = layers.Dense(4, name="dense")
+    assert placed(chain(dense, Places(name="places"), shape=(6, 3))) == {
+        "dense": DATA,
+        "places": DATA,
+    }
+
+
+def custom(model):
+    found = inputs_of_custom_layers(model)
+    return [tensor.name for tensor in model.inputs if id(tensor) in found]
+
+
+@keras.saving.register_keras_serializable("test_placement")
+class SameDense(layers.Dense):
+    """What its parent is."""
+
+
+@pytest.mark.parametrize(
+    ("parts", "shape", "expected"),
+    [
+        ((Rows(),), (6,), True),
+        ((Rows(),), (2, 3), True),
+        ((Rows(),), (2, 3, 4), False),
+        ((layers.Reshape((2, 3)), Rows()), (6,), True),
+        ((lambda x: x + 1.0, Rows()), (6,), True),
+        ((keras.Sequential([keras.Input((6,)), Rows()]),), (6,), True),
+        ((layers.Lambda(lambda x: ops.one_hot(ops.cast(x, "int32"), 9)),), (6,), True),
+        ((Shifted(), layers.Embedding(9, 2)), (6,), True),
+        ((layers.Dense(2),), (6,), False),
+        ((SameDense(2),), (6,), False),
+        ((lambda x: Rows()(x) + layers.Dense(4)(x)[:, None],), (6,), False),
+    ],
+)
+def test_inputs_that_only_layers_outside_keras_read(parts, shape, expected):
+    assert custom(chain(*parts, shape=shape)) == (["input"] if expected else [])
 
 
 def test_an_embedding_keeps_its_grid_behind_max_pooling():

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from reference import to_numpy
+from reference import in_every_mode, refused, same, to_numpy
+from whole_number_layers import WORDS, FirstOnes, Rows, Words
 
 import keras_qwrap as qi
 from keras_qwrap.calibration import has_ranges_to_find
@@ -138,3 +139,173 @@ def test_counts_of_lookups_are_left_as_they_are_and_reported(random):
     rows = {row.path: row.outputs for row in qi.quantization_report(quantized, "w8a8").layers}
     for name in ("multi_hot", "count", "both"):
         assert (rows[name].state, rows[name].reason) == ("no float", "its dtype is int64")
+
+
+def reading(layer, shape=(6,)):
+    inputs = keras.Input(shape, name="ids")
+    features = layers.GlobalAveragePooling1D(name="pool")(layer(inputs))
+    return keras.Model(inputs, layers.Dense(2, name="dense")(features))
+
+
+def spread(x):
+    return np.sqrt(np.mean(np.square(x - x.mean(0))))
+
+
+def saved_and_reloaded(model, ending, path, make):
+    """`make` makes a model of the same layers, with other state."""
+    path = path / f"model.{ending}"
+    if ending == "weights.h5":
+        model.save_weights(path)
+        new = make()
+        new.load_weights(path)
+        return new
+    qi.save_quantized_model(model, path)
+    return qi.keras_load_quantized_model(path, compile=False)
+
+
+def holder_of(model):
+    return model.get_layer("ids_quantizer")
+
+
+FILES = ["keras", *(pytest.param(end, marks=pytest.mark.slow) for end in ("h5", "weights.h5"))]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_ids_that_reach_a_lookup_in_a_layer_are_exact_with_data_or_without(given, random):
+    model, ids = reading(Words(name="words")), random.integers(0, WORDS, (64, 6)).astype("float32")
+    quantized = qi.quantize_model(model, "w16a8", ids if given else None, verbose=0)
+    assert "ids_quantizer" not in [layer.name for layer in quantized.layers]
+    words = quantized.get_layer("words")
+    assert len(np.unique(to_numpy(words.layer.table(ids)), axis=0)) > 1
+    qi.calibrate(quantized, ids, verbose=0)
+    error = to_numpy(quantized(ids)) - to_numpy(model(ids))
+    assert spread(error) < 0.02 * spread(to_numpy(model(ids)))
+    rows = {row.path: row.outputs for row in qi.quantization_report(quantized, "w16a8").layers}
+    assert (rows["ids"].state, rows["ids"].reason) == ("float", "exact values for 'words'")
+
+
+@pytest.mark.parametrize("ending", FILES)
+def test_whole_numbers_for_a_layer_of_ones_own_pass_once_calibrated(ending, random, tmp_path):
+    """Trained, converted and reloaded; up to the last whole number that float32 can tell apart."""
+    model, ids = reading(Rows(name="rows")), random.integers(0, WORDS, (64, 6)).astype("float32")
+    quantized = qi.quantize_model(model, "w16a16", ids, verbose=0)
+    expected = to_numpy(quantized(ids))
+    error = expected - to_numpy(model(ids))
+    assert spread(error) < 3e-3 * spread(to_numpy(model(ids)))
+    converted = qi.convert_to_inferable(quantized)
+    again = qi.convert_to_inferable(converted)
+    made = [lambda: qi.quantize_model(model, "w16a16"), lambda: qi.convert_to_inferable(quantized)]
+    others = [
+        saved_and_reloaded(each, ending, tmp_path, make)
+        for each, make in zip((quantized, converted), made, strict=True)
+    ]
+    large = np.float32([[2**24, 2**24 - 1, -3, 0, 12345, 5]])
+    for each in (quantized, converted, again, *others):
+        same(each(ids), expected)
+        same(holder_of(each)(large), large)
+        same(holder_of(each)(large + 0.25), large + np.float32(0.25))
+    for each in (quantized, others[0]):
+        same(holder_of(each)(large, training=True), large)
+        quantizer = holder_of(each).activation_holder_quantizer
+        assert quantizer.whole_numbers is quantizer.passes_input is True
+        refused(ValueError, quantizer.convert2inferable, "whole numbers", "holder")
+
+
+@pytest.mark.tensorflow
+def test_whole_numbers_pass_in_every_mode(random):
+    ids = random.integers(0, WORDS, (64, 6)).astype("float32")
+    quantized = qi.quantize_model(reading(Rows()), "w8a8", ids, verbose=0)
+    converted = qi.convert_to_inferable(quantized)
+    for each in (quantized, converted):
+        for found in in_every_mode(holder_of(each), ids):
+            same(found, ids)
+    for found in in_every_mode(lambda x: holder_of(quantized)(x, training=True), ids):
+        same(found, ids)
+
+
+def test_other_numbers_for_a_layer_of_ones_own_are_quantized(random):
+    """The last calibration decides, by all of its data."""
+    ids = random.integers(0, 200, (64, 6)).astype("float32")
+    quantized = qi.quantize_model(reading(Rows()), "w8a8", ids, verbose=0)
+    quantizer = holder_of(quantized).activation_holder_quantizer
+    assert quantizer.whole_numbers is True
+    fractions = ids.copy()
+    fractions[40, 2] += 0.5
+    qi.calibrate(quantized, fractions, batch_size=8, verbose=0)
+    assert quantizer.whole_numbers is quantizer.passes_input is False
+    converted = qi.convert_to_inferable(quantized)
+    for each in (quantized, converted):
+        assert len(np.unique(to_numpy(holder_of(each)(fractions + 0.3)))) <= 256
+    same(converted(ids), to_numpy(quantized(ids)))
+    qi.calibrate(quantized, ids, batch_size=8, verbose=0)
+    assert quantizer.whole_numbers is True
+
+
+def test_without_data_the_report_warns(random):
+    ids = random.integers(0, WORDS, (64, 6)).astype("float32")
+    quantized = qi.quantize_model(reading(Rows()), "w8a8")
+    (note,) = qi.quantization_report(quantized, "w8a8").notes
+    assert "ids_quantizer" in note
+    assert "calibrate" in note
+    quantized.compile("sgd", "mse")
+    quantized.fit(ids, np.zeros((64, 2)), verbose=0)
+    assert len(np.unique(to_numpy(holder_of(quantized)(ids)))) <= 256
+    report = qi.quantization_report(quantized, "w8a8")
+    assert report.notes == (note,)
+    assert note in str(report)
+    qi.calibrate(quantized, ids, verbose=0)
+    for each in (quantized, qi.convert_to_inferable(quantized)):
+        report = qi.quantization_report(each)
+        assert report.notes == ()
+        (row,) = [row for row in report.layers if row.path == "ids_quantizer"]
+        assert (row.activations, row.outputs.state) == ((), "float")
+        assert "whole numbers" in row.outputs.reason
+        assert "calibration found whole numbers" in str(report)
+
+
+def test_ids_with_a_long_tail_are_not_clipped_while_others_are_calibrated(random):
+    """Neither the ids, nor what the layers behind see of them."""
+    ids = random.integers(0, 4, (64, 40)).astype("float32")
+    ids[3, 5] = WORDS - 1
+    model = reading(Rows(name="rows"), shape=(40,))
+    rows = np.full((WORDS, 4), 0.25, "float32")
+    rows[-1] = 0.5
+    model.get_layer("rows").rows.assign(rows)
+    quantized = qi.quantize_model(model, "w8a8")
+    found = qi.calibrate(quantized, ids, "minmax", verbose=0)
+    assert found["rows"] == (0.0, 0.5)
+    same(holder_of(quantized)(ids), ids)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_lengths_and_segments_beside_features(named, random):
+    """The features are fractions, and quantized; in whatever structure the inputs come."""
+    shapes = {"features": (5, 3), "lengths": (1,), "segments": (5,)}
+    inputs = {name: keras.Input(shape, name=name) for name, shape in shapes.items()}
+    outputs = layers.Dense(2)(FirstOnes(name="first")(*inputs.values()))
+    model = keras.Model(inputs if named else list(inputs.values()), outputs)
+    data = {
+        "features": random.normal(size=(64, 5, 3)),
+        "lengths": random.integers(1, 6, (64, 1)),
+        "segments": random.choice([3, 1000, 1001], (64, 5)),
+    }
+    data = {name: values.astype("float32") for name, values in data.items()}
+    x = data if named else list(data.values())
+    quantized = qi.quantize_model(model, "w16a16", x, verbose=0)
+    expected, found = to_numpy(model(x)), to_numpy(quantized(x))
+    assert spread(found - expected) < 3e-3 * spread(expected)
+    for name, whole in (("features", False), ("lengths", True), ("segments", True)):
+        holder = quantized.get_layer(f"{name}_quantizer")
+        assert holder.activation_holder_quantizer.whole_numbers is whole
+    same(qi.convert_to_inferable(quantized)(x), found)
+
+
+def test_a_sequential_model_of_whole_numbers(random, tmp_path):
+    ids = random.integers(0, WORDS, (64, 6)).astype("float32")
+    parts = [Rows(), layers.Flatten(), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((6,), name="ids"), *parts])
+    quantized = qi.quantize_model(model, "w8a8", ids, verbose=0)
+    holder = quantized.layers[0]
+    assert holder.activation_holder_quantizer.whole_numbers is True
+    same(holder(ids), ids)
+    same(saved_and_reloaded(quantized, "keras", tmp_path, None)(ids), to_numpy(quantized(ids)))

@@ -138,6 +138,7 @@ ARGUMENTS = {
         "quantization_config": activation_config(METHOD.SYMMETRIC, {}),
         "momentum": 0.25,
         "range_method": "percentile",
+        "pass_whole_numbers": True,
     },
     "STEActivationQATQuantizer": {
         "quantization_config": activation_config(METHOD.SYMMETRIC, {"threshold": 0.3})

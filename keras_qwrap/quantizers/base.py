@@ -132,7 +132,10 @@ class BaseKerasInferableQuantizer:
     quantization_method: list[QuantizationMethod]
     identifier: Any
     enabled = True
+    passes_input = False
     needs_range = False
+    pass_whole_numbers = False
+    whole_numbers: bool | None = None
 
     def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
         """Create the quantizer's variables through `layer.add_weight`; none by default."""
@@ -246,6 +249,9 @@ class BaseKerasTrainableQuantizer:
     identifier: Any = None
     needs_range = False
     """Whether calibration or training must find its range before it can be converted."""
+    pass_whole_numbers = False
+    """Whether calibration tells it if its data are whole numbers, which it then passes."""
+    whole_numbers: bool | None = None
     _owner: weakref.ref | None = None
 
     def __init__(
@@ -287,6 +293,11 @@ class BaseKerasTrainableQuantizer:
     def enabled(self) -> bool:
         """False where the config leaves the tensor in float."""
         return self.quantization_config.enabled
+
+    @property
+    def passes_input(self) -> bool:
+        """Whether it leaves tensors in float, now and once it is converted."""
+        return not self.enabled
 
     def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
         """Create the quantizer's variables, once for each build.

@@ -3,7 +3,7 @@
 import copy
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import keras
@@ -267,6 +267,10 @@ class TrainableQuantizerActivationConfig:
     def get_config(self) -> dict:
         """The constructor's arguments as plain values."""
         return _plain_config(self)
+
+    def disabled(self) -> "TrainableQuantizerActivationConfig":
+        """This config, with the activation left in float."""
+        return replace(self, enable_activation_quantization=False)
 
     @classmethod
     def from_config(cls, config: dict) -> "TrainableQuantizerActivationConfig":

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap import ranges
+from keras_qwrap.channels import check_bool
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.fusion import fused
 from keras_qwrap.grids import IntegerGrid, float_array
@@ -33,6 +34,9 @@ from keras_qwrap.tensors import Tensor, as_tensor, float32_input, read, to_numpy
 
 _LARGEST = np.float32(2.0**125)
 """Ends of larger magnitude may need a threshold that no power of two in float32 reaches."""
+
+_UNKNOWN, _WHOLE, _OTHERS = 0, 1, -1
+"""What calibration can have found of the numbers."""
 
 _RANGE_KEYS = ("range_min", "range_max")
 _ENDS = ("min_range", "max_range")
@@ -98,6 +102,9 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         momentum: share of the old range, from 0 to below 1.
         range_method: how `calibrate` finds the range, unless it is told: "mse", "minmax",
             "moving_average", "percentile" or "entropy".
+        pass_whole_numbers: pass tensors unquantized, also once converted, if the data of the last
+            calibration were whole numbers alone: ids, labels or lengths, which rounding to a grid
+            would change. One more variable, `whole_numbers`, says so.
 
     Raises:
         TypeError, ValueError: the config is of another kind, asks for another method, holds
@@ -123,11 +130,16 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     """
 
     def __init__(
-        self, quantization_config: Any, momentum: float = 0.99, range_method: str = "mse"
+        self,
+        quantization_config: Any,
+        momentum: float = 0.99,
+        range_method: str = "mse",
+        pass_whole_numbers: bool = False,
     ) -> None:
         super().__init__(quantization_config)
         self.momentum = _check_momentum(momentum)
         self.range_method = check_range_method(range_method)
+        self.pass_whole_numbers = check_bool("pass_whole_numbers", pass_whole_numbers)
         config = self.quantization_config
         self._first_range = _range_in_params(
             config.activation_quantization_params, config.min_threshold
@@ -143,6 +155,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             ("delay", "int32", 0, "only_first_replica"),
             ("frozen", "bool", False, "only_first_replica"),
         ]
+        if self.pass_whole_numbers:
+            rows.append(("whole_numbers", "int32", _UNKNOWN, "only_first_replica"))
         self.quantizer_parameters = {
             role: layer.add_weight(
                 name=role,
@@ -167,6 +181,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         on = ranges.was_seen(self._read("min_range"), self._read("max_range"), ops)
         if training:
             on = ops.logical_and(on, ops.greater(self._read("steps"), self._read("delay")))
+        if self.pass_whole_numbers:
+            on = ops.logical_and(on, ops.not_equal(self._read("whole_numbers"), _WHOLE))
         return ops.cast(_quantized_where(x, *self._derive(on)), dtype)
 
     def _see(self, x: Tensor) -> None:
@@ -244,7 +260,23 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     @property
     def needs_range(self) -> bool:  # type: ignore[override]
         """Whether it is built, and has no range yet."""
-        return bool(self.quantizer_parameters) and self.range is None
+        return bool(self.quantizer_parameters) and not self.passes_input and self.range is None
+
+    @property
+    def whole_numbers(self) -> bool | None:  # type: ignore[override]
+        """Whether the data of the last calibration were whole numbers alone; None if not known."""
+        if "whole_numbers" not in self.quantizer_parameters:
+            return None
+        return {_WHOLE: True, _OTHERS: False}.get(self._array("whole_numbers").item())
+
+    def set_whole_numbers(self, whole: bool) -> None:
+        """Store whether there are whole numbers alone; only with `pass_whole_numbers`."""
+        self.quantizer_parameters["whole_numbers"].assign(_WHOLE if whole else _OTHERS)
+
+    @property
+    def passes_input(self) -> bool:
+        """Whether it is disabled, or passes whole numbers."""
+        return not self.enabled or bool(self.whole_numbers)
 
     def set_range(self, low: float, high: float) -> None:
         """Store a range, widened to hold zero; two zeros say that there were zeros alone.
@@ -262,8 +294,14 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         """An inferable quantizer with the stored range.
 
         Raises:
-            ValueError: there is no range yet.
+            ValueError: there is no range yet, or it passes whole numbers.
         """
+        if self.passes_input and self.quantizer_parameters:
+            raise ValueError(
+                f"{type(self).__name__}.convert2inferable: received a quantizer that passes whole "
+                "numbers, expected one that quantizes: it has no inferable twin. Convert its "
+                "wrapper or holder, which then holds a disabled quantizer."
+            )
         if self.range is None:
             raise ValueError(
                 f"{type(self).__name__}.convert2inferable: received a quantizer that is not "
@@ -282,8 +320,11 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         return cls(bits, threshold.item(), bool(signed))
 
     def get_config(self) -> dict:
-        own = {"momentum": self.momentum, "range_method": self.range_method}
-        return super().get_config() | own
+        return super().get_config() | {
+            "momentum": self.momentum,
+            "range_method": self.range_method,
+            "pass_whole_numbers": self.pass_whole_numbers,
+        }
 
     def _read(self, role: str) -> Tensor:
         return read(self.quantizer_parameters[role])
