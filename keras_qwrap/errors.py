@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,27 @@ def _describe(value: Any) -> str:
     if len(text) > 120:
         text = f"{text[:117]}..."
     return text if isinstance(value, str) else f"{text} (of type {type(value).__name__})"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+_SHORT.maxother = _SHORT.maxstring = 60
+
+
+def brief(kind: str, *values: Any, **named: Any) -> str:
+    """The repr of an object of this kind with these arguments; long values are cut.
+
+    Example:
+
+    ```python
+    from keras_qwrap.errors import brief
+
+    print(brief("Quantizer", 8, threshold=[1.0] * 64))
+    # Quantizer(8, threshold=[1.0, 1.0, 1.0, 1.0, ...])
+    ```
+    """
+    parts = [*map(_SHORT.repr, values), *(f"{k}={_SHORT.repr(v)}" for k, v in named.items())]
+    return f"{kind}({', '.join(parts)})"
 
 
 def bad_value(name: str, received: Any, expected: str, fix: str) -> ValueError:

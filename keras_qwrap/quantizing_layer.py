@@ -193,6 +193,18 @@ class QuantizingLayer(keras.layers.Layer):
             if inner is not self and hasattr(inner, "finalize_state"):
                 inner.finalize_state()
 
+    def own_quantizers(self) -> dict[str, Quantizer]:
+        """The layer's quantizers by role: a weight's path, or `output_0`, ..."""
+        outputs = [quantizer for quantizer in self._adopted if _is_for_activations(quantizer)]
+        named = {f"output_{i}": quantizer for i, quantizer in enumerate(outputs)}
+        return dict(self.weights_quantizers) | named
+
+    def __repr__(self) -> str:
+        inner = getattr(self, "layer", None)
+        of = {"layer": type(inner).__name__} if inner is not None else {}
+        facts = {"name": self.name, "built": self.built} | of | self.own_quantizers()
+        return f"<{type(self).__name__} {', '.join(f'{k}={v}' for k, v in facts.items())}>"
+
     def get_config(self) -> dict:
         """The constructor's arguments; the dtype is always float32 and left out."""
         config = super().get_config()
@@ -205,12 +217,11 @@ def quantizers_in(layer: keras.Layer) -> list[tuple[QuantizingLayer, str, Quanti
 
     The role is a weight's path, or `output_0`, ... The owners come in no particular order.
     """
-    rows: list[tuple[QuantizingLayer, str, Quantizer]] = []
-    for owner in _owners(layer):
-        rows += [(owner, path, quantizer) for path, quantizer in owner.weights_quantizers.items()]
-        outputs = [quantizer for quantizer in owner._adopted if _is_for_activations(quantizer)]
-        rows += [(owner, f"output_{i}", quantizer) for i, quantizer in enumerate(outputs)]
-    return rows
+    return [
+        (owner, role, quantizer)
+        for owner in _owners(layer)
+        for role, quantizer in owner.own_quantizers().items()
+    ]
 
 
 def _is_for_activations(quantizer: Quantizer) -> bool:

@@ -259,3 +259,94 @@ def test_what_an_inferable_quantizer_must_define_is_named():
         with pytest.raises(NotImplementedError) as caught:
             action()
         assert f"Nothing must define {method}" in str(caught.value)
+
+
+class Described(qi.BaseKerasTrainableQuantizer):
+    """Of a user's own, with further arguments, which it keeps under their names or not."""
+
+    def __init__(self, quantization_config, momentum=0.9, hidden=3):
+        super().__init__(quantization_config, T.Weights, [M.SYMMETRIC])
+        self.momentum = momentum
+        self._hidden = hidden
+
+
+@qi.mark_quantizer(T.Weights, [M.SYMMETRIC])
+class DescribedInferable(qi.BaseKerasInferableQuantizer):
+    def __init__(self, table, offset=0.0):
+        self.table, self.offset = table, offset
+
+    def get_config(self):
+        raise AssertionError("a repr asks for nothing")
+
+    quantize_to_codes = __call__ = get_config
+
+
+def test_texts_of_a_users_quantizers():
+    assert repr(Described(WEIGHTS)) == "Described('SYMMETRIC', 4)"
+    text = "Described('SYMMETRIC', 4, momentum=0.5)"
+    assert repr(Described(WEIGHTS, 0.5, 4)) == text
+    assert repr(DescribedInferable(list(range(1000)))) == (
+        "DescribedInferable(table=[0, 1, 2, 3, ...])"
+    )
+    assert repr(DescribedInferable({}, 1.5)) == "DescribedInferable(table={}, offset=1.5)"
+    assert len(repr(DescribedInferable(np.zeros((100, 100)), "x" * 1000))) < 200
+
+
+def test_texts_of_our_quantizers():
+    """All of what they were given; once a layer holds the ranges, all but these."""
+    for quantizer in (
+        qi.WeightsSymmetricInferableQuantizer(4, [1.0, 2.0], True, 1, 2, narrow=True),
+        qi.WeightsPOTInferableQuantizer(8, 0.5, False),
+        qi.WeightsUniformInferableQuantizer(3, [-1.0] * 2, [1.0, 2.0], True, 0, 2),
+        qi.WeightsLUTSymmetricInferableQuantizer(2, [-3, 0, 5], 2.0, per_channel=False),
+        qi.ActivationSymmetricInferableQuantizer(8, 2.0, signed=False),
+        qi.ActivationUniformInferableQuantizer(8, -1.0, 2.5),
+        qi.ActivationLutPOTInferableQuantizer(2, [0, 64], 4.0, signed=False),
+    ):
+        again = eval(repr(quantizer), vars(qi))
+        assert again.get_config() == quantizer.get_config()
+        assert type(again) is type(quantizer)
+    many = qi.WeightsSymmetricInferableQuantizer(8, [1.0] * 1000, True, 1, 2)
+    assert repr(many) == (
+        "WeightsSymmetricInferableQuantizer(num_bits=8, threshold=[1.0, 1.0, 1.0, 1.0, ...], "
+        "per_channel=True, channel_axis=1, input_rank=2)"
+    )
+    dense = keras.layers.Dense(2, name="dense")
+    output = qi.ActivationSymmetricInferableQuantizer(8, 2.0, True)
+    layer = qi.KerasQuantizationWrapper(
+        dense, {"kernel": qi.STEWeightQATQuantizer(WEIGHTS)}, output
+    )
+    layer.build((None, 3))
+    kernel = "kernel=STEWeightQATQuantizer('SYMMETRIC', 4)"
+    assert repr(layer) == (
+        f"<KerasQuantizationWrapper name=dense, built=True, layer=Dense, {kernel}, "
+        "output_0=ActivationSymmetricInferableQuantizer(num_bits=8, signed=True)>"
+    )
+    holder = qi.KerasActivationQuantizationHolder(output, name="held")
+    assert repr(holder) == (
+        "<KerasActivationQuantizationHolder name=held, built=False, output_0="
+        "ActivationSymmetricInferableQuantizer(num_bits=8, threshold=2.0, signed=True)>"
+    )
+
+
+def test_texts_are_given_while_a_graph_is_traced():
+    """There the value of a variable is not known."""
+    texts = []
+
+    class Told(qi.STEWeightQATQuantizer):
+        def __call__(self, inputs):
+            texts.extend(map(repr, (self, self._fixed)))
+            return super().__call__(inputs)
+
+    config = qi.TrainableQuantizerWeightsConfig(M.SYMMETRIC, 8, {"threshold": 1.0}, True, -1, False)
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            qi.KerasQuantizationWrapper(keras.layers.Dense(2), {"kernel": Told(config)}),
+        ]
+    )
+    model.predict(np.zeros((1, 3)), verbose=0)
+    assert {text.partition("(")[0] for text in texts} == {
+        "Told",
+        "WeightsSymmetricInferableQuantizer",
+    }

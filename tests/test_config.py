@@ -196,3 +196,18 @@ def test_every_argument_has_bad_rows():
 def test_candidates_of_a_bit_search_are_no_argument():
     with pytest.raises(TypeError, match="weights_quantization_candidates"):
         qi.TrainableQuantizerWeightsConfig(M.SYMMETRIC, weights_quantization_candidates=[])
+
+
+def test_texts_are_short():
+    cls = qi.TrainableQuantizerWeightsConfig
+    assert repr(cls(M.SYMMETRIC)) == "TrainableQuantizerWeightsConfig('SYMMETRIC', 8)"
+    config = cls(M.UNIFORM, 4, {"range_min": [-1.0] * 1000, "range_max": 2.0})
+    assert repr(config) == (
+        "TrainableQuantizerWeightsConfig('UNIFORM', 4, weights_quantization_params="
+        "{'range_max': 2.0, 'range_min': [-1.0, -1.0, -1.0, -1.0, ...]})"
+    )
+    for config in (
+        cls(M.SYMMETRIC, 3, {"threshold": 2.0}, False, (0, 1), False, 0.25),
+        qi.TrainableQuantizerActivationConfig(M.POWER_OF_TWO, 5, {"threshold": 2.0}, False, 0.5),
+    ):
+        assert eval(repr(config), vars(qi)) == config

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, brief
 from keras_qwrap.quantizers.config import (
     QuantizationMethod,
     QuantizationTarget,
@@ -98,6 +98,13 @@ def check_config_is_complete(quantizer: Any, config: Mapping) -> None:
         )
 
 
+def arguments_of(quantizer: Any, known: Mapping[str, Any]) -> dict:
+    """Of the values that are known by name, those that a quantizer's constructor was given."""
+    parameters = inspect.signature(type(quantizer)).parameters.values()
+    given = [p for p in parameters if p.name in known]
+    return {p.name: known[p.name] for p in given if repr(known[p.name]) != repr(p.default)}
+
+
 class BaseKerasInferableQuantizer:
     """A quantizer whose parameters are fixed.
 
@@ -179,6 +186,9 @@ class BaseKerasInferableQuantizer:
         """
         steps = ops.subtract(ops.cast(codes, "float32"), np.asarray(self.zero_point, np.float32))
         return ops.multiply(steps, np.asarray(self.scale, np.float32))
+
+    def __repr__(self) -> str:
+        return brief(type(self).__name__, **arguments_of(self, vars(self)))
 
     def get_config(self) -> dict:
         """The constructor's arguments as plain values."""
@@ -343,6 +353,12 @@ class BaseKerasTrainableQuantizer:
     def dequantize(self, codes: Any) -> np.ndarray:
         """Values of integer codes, of the inferable twin."""
         return self.convert2inferable().dequantize(codes)
+
+    def __repr__(self) -> str:
+        known = dict(vars(self))
+        config: Any = known.pop("quantization_config", None)
+        values, named = config.given() if config else ([], {})
+        return brief(type(self).__name__, *values, **named, **arguments_of(self, known))
 
     def get_config(self) -> dict:
         """`{"quantization_config": ...}`; a subclass with further arguments must extend it.

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.channels import check_bool, check_channel_axis
-from keras_qwrap.errors import bad_type, bad_value, nearest
+from keras_qwrap.errors import bad_type, bad_value, brief, nearest
 from keras_qwrap.grids import check_num_bits, float_array
 
 PACKAGE = "keras_qwrap"
@@ -124,9 +124,26 @@ def _plain_config(config: Any) -> dict:
     return plain
 
 
+class _Config:
+    """What the two configs share: a short repr."""
+
+    def __repr__(self) -> str:
+        values, named = self.given()
+        return brief(type(self).__name__, *values, **named)
+
+    def given(self) -> tuple[list, dict]:
+        """The method's name and the number of bits; and what differs from its default."""
+        method, bits, *others = fields(self)  # type: ignore[arg-type]
+        named = {entry.name: getattr(self, entry.name) for entry in others}
+        kind: Any = type(self)
+        plain = kind(getattr(self, method.name))
+        named = {name: value for name, value in named.items() if value != getattr(plain, name)}
+        return [getattr(self, method.name).name, getattr(self, bits.name)], named
+
+
 @keras.saving.register_keras_serializable(PACKAGE)
-@dataclass(frozen=True)
-class TrainableQuantizerWeightsConfig:
+@dataclass(frozen=True, repr=False)
+class TrainableQuantizerWeightsConfig(_Config):
     """How a trainable quantizer quantizes a weight.
 
     Args:
@@ -205,8 +222,8 @@ class TrainableQuantizerWeightsConfig:
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-@dataclass(frozen=True)
-class TrainableQuantizerActivationConfig:
+@dataclass(frozen=True, repr=False)
+class TrainableQuantizerActivationConfig(_Config):
     """How a trainable quantizer quantizes an activation, per tensor.
 
     Args:

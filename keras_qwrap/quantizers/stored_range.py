@@ -8,9 +8,9 @@ from keras import ops
 
 from keras_qwrap import ranges
 from keras_qwrap.channels import Channels
-from keras_qwrap.errors import bad_value, warn
+from keras_qwrap.errors import bad_value, brief, warn
 from keras_qwrap.grids import IntegerGrid, LookupGrid, check_num_bits, check_scale, float_array
-from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer, arguments_of
 from keras_qwrap.quantizers.config import QuantizationMethod
 from keras_qwrap.rounding import fake_lookup, fake_quantize
 from keras_qwrap.tensors import Tensor, float32_input, read, to_numpy
@@ -90,6 +90,17 @@ class RangeQuantizer(BaseKerasInferableQuantizer):
     def _check_call(self, tensor: Tensor) -> None:
         for constant in self._constants.values():
             self._channels.check_tensor("inputs", constant.shape, tuple(tensor.shape))
+
+    def __repr__(self) -> str:
+        """Without ranges that are a layer's variables by now."""
+        grid = vars(self).get("_grid")
+        known = {name: getattr(grid, name, None) for name in ("signed", "narrow")}
+        known |= {"lut_values": list(getattr(grid, "values", ()))}
+        if grid is not None:
+            known |= {"num_bits": self.num_bits} | self._channel_config()
+        if not self.quantizer_parameters:
+            known |= {k: self._channels.gather(array) for k, array in self._constants.items()}
+        return brief(type(self).__name__, **arguments_of(self, known))
 
     def _config(self, **first: Any) -> dict:
         """`first`, then the ranges as plain numbers."""
