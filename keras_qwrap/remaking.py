@@ -258,18 +258,21 @@ def _cannot(operation: Any, error: Exception) -> ValueError:
     return ValueError(
         f"model: received '{operation.name}', a {type(operation).__name__} that cannot be made "
         f"again from its config{reason}, expected a config from which its class makes the same. "
-        f"{_advice(type(operation))}"
+        f"{_advice(operation)}"
     )
 
 
-def _advice(cls: type) -> str:
-    """The one thing that a class lacks."""
-    name = cls.__name__
-    if issubclass(cls, keras.layers.Lambda):
+def _advice(operation: Any) -> str:
+    """The one thing that a class lacks, or what to do without it."""
+    cls, name = type(operation), type(operation).__name__
+    if isinstance(operation, keras.layers.Lambda):
         return "Replace the Lambda by a layer class."
     if not is_of_user(cls):
         return "Mend the `get_config` of the layers inside."
     arguments = _arguments(cls)
+    models = [each for each in arguments if isinstance(getattr(operation, each, None), keras.Model)]
+    if models:
+        return f"Quantize {' and '.join(models)} by themselves, and make a {name} of the results."
     returned = "{" + ", ".join(f"'{argument}': ..." for argument in arguments) + "}"
     if _defines(cls, "get_config"):
         return f"Let `{name}.get_config` return all that {name}.__init__ takes: {returned}."
@@ -310,26 +313,28 @@ def check_values_alike(source: keras.Layer, target: keras.Layer) -> None:
     Raises:
         ValueError: values differ.
     """
-    for old, new in zip(sublayers(source), sublayers(target), strict=True):
-        cls = type(old)
-        if is_of_user(cls) and _owner(cls, "get_config") in _AUTOMATIC:
-            # The arguments of layers that are no models are in their configs.
-            noted = not isinstance(old, keras.Model) and not _can_be_made_of_nothing(old)
-            kinds = (np.ndarray,) if noted else _PLAIN
-            names = sorted(set(vars(new)) - set(vars(keras.Model(name="plain"))))
-            given, made = (
-                {
-                    name: vars(layer)[name]
-                    for name in names
-                    if isinstance(vars(layer).get(name, layer), kinds)
-                }
-                for layer in (old, new)
-            )
-            _refuse_differences(source, old, given, made)
+    pairs = zip(sublayers(source), sublayers(target), strict=True)
+    automatic = [pair for pair in pairs if _is_automatic(type(pair[0]))]
+    of_keras = vars(keras.Model(name="plain")) if automatic else {}
+    for old, new in automatic:
+        # The arguments of layers that are no models are in their configs.
+        noted = not isinstance(old, keras.Model) and not _can_be_made_of_nothing(old)
+        kinds = (np.ndarray,) if noted else _PLAIN
+        given, made = (
+            {
+                name: value
+                for name, value in vars(layer).items()
+                if name not in of_keras and isinstance(value, kinds)
+            }
+            for layer in (old, new)
+        )
+        _refuse_differences(source, old, given, made)
 
 
-_AUTOMATIC = (keras.Operation, keras.Layer, keras.Model)
-"""Classes whose `get_config` returns what Keras has noted of the constructor's arguments."""
+def _is_automatic(cls: type) -> bool:
+    """Whether Keras makes the configs of a class of the user's from constructors' arguments."""
+    owner = _owner(cls, "get_config")
+    return is_of_user(cls) and owner in (keras.Operation, keras.Layer, keras.Model)
 
 
 def _is_described_by_keras(layer: keras.Layer) -> bool:
@@ -354,7 +359,7 @@ def _not_alike(source: keras.Layer, given: str, made: Any) -> ValueError:
         "model",
         f"'{source.name}', a {type(source).__name__} with {given}",
         f"{_short(made)}, which a copy made again has",
-        _advice(type(source)),
+        _advice(source),
     )
 
 

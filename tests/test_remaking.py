@@ -194,7 +194,8 @@ def names(model):
     return [model.name, *(layer.name for layer in inside)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_a_whole_life(name, tmp_path):
     model = perturbed(MODELS[name])
     given = [to_numpy(variable) for variable in model.variables]
@@ -318,6 +319,17 @@ class Around(layers.Layer):
         return self.layer(x)
 
 
+class Pair(keras.Model):
+    """Is made of models."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def call(self, x):
+        return self.decoder(self.encoder(x))
+
+
 class HandsOut(Around):
     def get_config(self):
         return {"layer": self.layer}
@@ -355,7 +367,8 @@ LIKE_SIZED = ("Sized.__init__ takes `units`, `activation`, `scale`, `function`",
         (lambda: sequential(Features()), ["table=", "Features.__init__ take what differs"]),
         (lambda: sequential(HandsOut(layers.Dense(2))), ["hands out its own layers", "serialize"]),
         (lambda: Forgetful(4, "tanh"), ["activation='tanh'", "`Forgetful.get_config` return all"]),
-        (lambda: Wrong(), ["'size'", "`Wrong.get_config` return all", "{'units': ..."]),
+        (lambda: Pair(Plain(), Plain()), ["Quantize encoder and decoder by themselves"]),
+        (Wrong, ["'size'", "`Wrong.get_config` return all", "{'units': ..."]),
     ],
 )
 def test_what_cannot_be_made_again_says_what_it_lacks(make, fragments):
