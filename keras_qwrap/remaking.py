@@ -288,47 +288,47 @@ def _advice(operation: Any) -> str:
 def check_layers_alike(source: keras.Layer, target: keras.Layer) -> None:
     """Refuse a built copy whose layers are not those that it was made from.
 
-    Configs may lack arguments (Keras notes the defaults of a model's constructor, not what it was
-    given), and constructors may make what is random, or set from outside.
-
     Raises:
-        ValueError: layers inside differ in class, dtype policy, or what Keras' configs say.
+        ValueError: layers inside differ in class or dtype policy.
     """
     olds, news = sublayers(source), sublayers(target)
     if not any(is_of_user(type(layer)) for layer in olds):
         return
     classes = [[type(layer).__name__ for layer in layers] for layers in (olds, news)]
     if classes[0] != classes[1]:
-        raise _not_alike(source, f"layers {classes[0]}", classes[1])
+        raise _not_alike(source, f"layers {_short(classes[0])}", classes[1])
     refuse_other_policies(source, target)
-    for old, new in zip(olds, news, strict=True):
-        if _is_described_by_keras(old):
-            given, made = (_essence(_config(layer)) for layer in (old, new))
-            _refuse_differences(source, old, given, made)
 
 
 def check_values_alike(source: keras.Layer, target: keras.Layer) -> None:
-    """Refuse a copy in which constructors of the user's have set other values, plain ones.
+    """Refuse a copy that has all states of what it was made from, and is another one still.
+
+    Configs may lack arguments (Keras notes the defaults of a model's constructor, not what it was
+    given), and constructors may make what is random, or set from outside.
 
     Raises:
-        ValueError: values differ.
+        ValueError: Keras' configs of layers inside differ, or what constructors of the user's set.
     """
-    pairs = zip(sublayers(source), sublayers(target), strict=True)
-    automatic = [pair for pair in pairs if _is_automatic(type(pair[0]))]
-    of_keras = vars(keras.Model(name="plain")) if automatic else {}
-    for old, new in automatic:
-        # The arguments of layers that are no models are in their configs.
-        noted = not isinstance(old, keras.Model) and not _can_be_made_of_nothing(old)
-        kinds = (np.ndarray,) if noted else _PLAIN
-        given, made = (
-            {
-                name: value
-                for name, value in vars(layer).items()
-                if name not in of_keras and isinstance(value, kinds)
-            }
-            for layer in (old, new)
-        )
-        _refuse_differences(source, old, given, made)
+    pairs = list(zip(sublayers(source), sublayers(target), strict=True))
+    if not any(is_of_user(type(old)) for old, _ in pairs):
+        return
+    of_keras = vars(keras.Model(name="plain"))
+    for old, new in pairs:
+        if _is_described_by_keras(old):
+            _refuse_differences(source, old, *(_essence(_config(layer)) for layer in (old, new)))
+        if _is_automatic(type(old)):
+            # The arguments of layers that are no models are in their configs.
+            noted = not isinstance(old, keras.Model) and not _can_be_made_of_nothing(old)
+            kinds = (np.ndarray,) if noted else _PLAIN
+            given, made = (
+                {
+                    name: value
+                    for name, value in vars(layer).items()
+                    if name not in of_keras and isinstance(value, kinds)
+                }
+                for layer in (old, new)
+            )
+            _refuse_differences(source, old, given, made)
 
 
 def _is_automatic(cls: type) -> bool:
@@ -344,7 +344,8 @@ def _is_described_by_keras(layer: keras.Layer) -> bool:
 
 
 def _short(value: Any) -> str:
-    return " ".join(repr(value).split())[:60]
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_differences(source: keras.Layer, old: keras.Layer, given: dict, made: dict) -> None:

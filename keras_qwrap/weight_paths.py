@@ -339,6 +339,7 @@ def copy_variables(source: keras.Layer, target: keras.Layer) -> None:
     pairs = list(zip(source.variables, target.variables, strict=False))
     shapes_differ = any(tuple(a.shape) != tuple(b.shape) for a, b in pairs)
     if len(source.variables) != len(target.variables) or shapes_differ:
+        check_values_alike(source, target)
         raise bad_value(
             "layer",
             [tuple(v.shape) for v in target.variables],

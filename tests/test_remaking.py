@@ -251,6 +251,37 @@ def test_a_file_holds_a_layer_that_has_nothing_to_quantize(tmp_path):
     assert plain.layers[0].factor == 3.0
 
 
+class Words(keras.Model):
+    """Its vocabulary is no weight, and part of a config of Keras' making."""
+
+    def __init__(self):
+        super().__init__()
+        self.vectorize = layers.TextVectorization(20, output_sequence_length=3)
+        self.normalize = layers.Normalization()
+        self.embedding = layers.Embedding(20, 2)
+        self.dense = layers.Dense(2)
+
+    def call(self, inputs):
+        found = self.embedding(self.vectorize(inputs["text"]))
+        return self.dense(ops.sum(found, 1) + self.normalize(inputs["number"]))
+
+
+@pytest.mark.tensorflow
+def test_what_layers_inside_have_adapted_to_is_copied(tmp_path):
+    x = {"text": ops.convert_to_tensor(["a b c", "c d"]), "number": np.float32([[1, 5], [3, 9]])}
+    model = Words()
+    model.vectorize.adapt(["a b", "d c a"])
+    model.normalize.adapt(x["number"])
+    model(x)
+    quantized = qi.quantize_model(model, "w8", example=((x,), {}))
+    converted = qi.convert_to_inferable(quantized)
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", {"Words": Words})
+    for each in (converted, loaded):
+        same(each(x), to_numpy(quantized(x)))
+    np.testing.assert_allclose(to_numpy(quantized(x)), to_numpy(model(x)), atol=0.05)
+
+
 def test_flags_and_names_of_what_is_inside_a_wrapper_are_kept(tmp_path):
     model = sequential(Block(4))
     model.layers[0].trainable = False
