@@ -310,7 +310,13 @@ def models() -> tuple[keras.Model, keras.Model]:
 
 
 def names(cases: list) -> list[str]:
-    return [str(match) for match, _ in cases]
+    """The same in every process: functions have no other name than their argument."""
+    return [
+        ", ".join(
+            f"{k} {'' if callable(v) and not isinstance(v, type) else v}" for k, v in m.items()
+        )
+        for m, _ in cases
+    ]
 
 
 @pytest.mark.parametrize(("match", "paths"), ADDRESSED, ids=names(ADDRESSED))
