@@ -1,19 +1,21 @@
 """The report: what of a model is quantized, how well, what is left in float, and why."""
 
+import html
 import importlib
 import math
-import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import keras
 
 from keras_qwrap.copying import check_built, is_graph
+from keras_qwrap.errors import brief
 from keras_qwrap.quantizing_layer import quantizers_in
 from keras_qwrap.recipes import Recipe, as_recipe
 from keras_qwrap.report_rows import FloatWeight, LayerReport
 from keras_qwrap.report_walk import rows_of
 from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.tables import html_list, html_table, paragraph, text_table
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class Totals:
     ratio: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizationReport:
-    """What `quantization_report` found: a row for each layer; `str` of it is a table.
+    """What `quantization_report` found: a row for each layer.
+
+    `str` of it is a table no wider than the terminal (or the variable COLUMNS); notebooks show
+    it as HTML.
 
     Example:
 
@@ -129,8 +134,23 @@ class QuantizationReport:
             ) from error
         return pandas.DataFrame(self.records())
 
+    def __repr__(self) -> str:
+        totals = self.totals
+        return brief(
+            "QuantizationReport",
+            self.model,
+            quantized_weights=totals.quantized_weights,
+            quantized_activations=totals.quantized_activations,
+            bytes_before=totals.bytes_before,
+            bytes_after=totals.bytes_after,
+        )
+
     def __str__(self) -> str:
         return "\n".join(_text(self))
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return _html(self)
 
 
 def quantization_report(
@@ -212,13 +232,45 @@ def _plain(value: Any) -> Any:
 _HEADER = ("layer", "class", "tensor", "shape", "bits", "method", "range", "codes", "SQNR", "bytes")
 
 
+_STACKS = ((0, 1), (2, 3), (4, 5), (6,), (7, 8), (9,))
+"""Columns one above the other in a narrow terminal."""
+
+_FUSED = "fused into what reads them"
+
+
 def _text(report: QuantizationReport) -> list[str]:
-    rows = [_HEADER, *(_cells(record) for record in report.records() if not record["reason"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    rows = _rows(report)
+    lines = paragraph(_title(report))
+    lines += ["", *text_table(rows, _STACKS)] if len(rows) > 1 else []
+    for title, reasons in _sections(report):
+        lines += ["", title]
+        for reason, names in reasons.items():
+            lines += [*paragraph(reason, "  "), *paragraph(", ".join(names), "    ", "")]
+    for note in report.notes:
+        lines += ["", *paragraph(note)]
+    return [*lines, "", *(line for total in _sums(report) for line in paragraph(total))]
+
+
+def _html(report: QuantizationReport) -> str:
+    rows = _rows(report)
+    parts = [f"<p>{html.escape(_title(report))}</p>", html_table(rows) if len(rows) > 1 else ""]
+    for title, reasons in _sections(report):
+        parts.append(f"<p>{html.escape(title)}</p>")
+        parts.append(html_list(f"{reason}: {', '.join(each)}" for reason, each in reasons.items()))
+    parts += [f"<p>{html.escape(note)}</p>" for note in report.notes]
+    return f"<div>{''.join(parts)}{html_list(_sums(report))}</div>"
+
+
+def _title(report: QuantizationReport) -> str:
+    return f"Quantization of model '{report.model}'"
+
+
+def _rows(report: QuantizationReport) -> list[tuple[str, ...]]:
+    return [_HEADER, *(_cells(record) for record in report.records() if not record["reason"])]
+
+
+def _sections(report: QuantizationReport) -> list[tuple[str, dict[str, list[str]]]]:
+    """What is in float: by reason, names."""
     floats: dict[str, list[str]] = {}
     outputs: dict[str, list[str]] = {}
     for layer in report.layers:
@@ -231,14 +283,16 @@ def _text(report: QuantizationReport) -> list[str]:
             outputs.setdefault(reason, []).append(f"{layer.path} -> {into}")
         elif layer.outputs:
             outputs.setdefault(layer.outputs.reason, []).append(layer.path)
+    sections = [
+        ("Weights in float, because", floats),
+        ("Outputs without a quantizer, because", outputs),
+    ]
+    return [(title, reasons) for title, reasons in sections if reasons]
+
+
+def _sums(report: QuantizationReport) -> list[str]:
     totals = report.totals
     return [
-        f"Quantization of model '{report.model}'",
-        *(["", *table] if len(table) > 1 else []),
-        *_because("Weights in float, because", floats),
-        *_because("Outputs without a quantizer, because", outputs),
-        *(["", *report.notes] if report.notes else []),
-        "",
         f"Weights: {totals.quantized_weights} quantized ({totals.quantized_parameters:,} numbers), "
         f"{totals.float_weights} in float ({totals.float_parameters:,} numbers)",
         f"Activations: {totals.quantized_activations} quantized, "
@@ -247,18 +301,6 @@ def _text(report: QuantizationReport) -> list[str]:
         f"Bytes: {totals.bytes_before:,} in float, {totals.bytes_after:,} quantized, "
         f"{totals.ratio:.2f} times smaller",
     ]
-
-
-_FUSED = "fused into what reads them"
-
-
-def _because(title: str, reasons: dict[str, list[str]]) -> list[str]:
-    lines = ["", title] if reasons else []
-    for reason, names in reasons.items():
-        text = textwrap.TextWrapper(100, "    ", "    ", break_long_words=False)
-        text.break_on_hyphens = False
-        lines += [f"  {reason}", *text.wrap(", ".join(names))]
-    return lines
 
 
 def _cells(record: dict) -> tuple[str, ...]:
@@ -280,7 +322,7 @@ def _cells(record: dict) -> tuple[str, ...]:
     )
     return (
         record["layer"],
-        record["class_name"],
+        record["class_name"].removeprefix("KerasActivationQuantization"),
         record["tensor"],
         "x".join(map(str, record["shape"])) if is_weight else "",
         show(record["num_bits"]),

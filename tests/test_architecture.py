@@ -13,6 +13,7 @@ PACKAGE = ROOT / "keras_qwrap"
 READING_ORDER = [
     "_version",
     "errors",
+    "tables",
     "tensors",
     "fusion",
     "rounding",

@@ -136,7 +136,8 @@ def test_without_the_recipe_only_placement_is_known():
     assert reasons(report) == {"head": {"kernel": "not wrapped"}}
 
 
-def test_text():
+def test_text(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     recipe, *_ = RECIPES["a layer"]
     text = str(quantization_report(quantize_model(network(), recipe), recipe))
     wanted = f"""\
@@ -180,7 +181,8 @@ def test_an_input_for_normalization():
     assert found == {"in": left("raw values for 'n'")}
 
 
-def test_long_lists_are_wrapped():
+def test_long_lists_are_wrapped(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     parts = [layers.ReLU(name=f"{'relu' * 6}-{i}") for i in range(9)]
     model = keras.Sequential([keras.Input((2,), name="input"), *parts])
     lines = str(quantization_report(model)).splitlines()
@@ -357,7 +359,7 @@ def test_a_subclassed_model(position, tmp_path):
         assert unquantized(quantization_report(each)) == outputs | {name: GIVEN_NONE}
         (note,) = report.to_dict()["notes"]
         assert note.startswith("A subclassed model has no graph")
-        assert str(report).count(note) == 1
+        assert " ".join(str(report).split()).count(note) == 1
 
 
 def test_a_subclassed_model_inside_a_graph():
@@ -379,7 +381,7 @@ def test_a_hand_made_subclassed_model_says_what_it_cannot_tell():
     net(rows(4))
     report = quantization_report(net)
     assert unquantized(report) == {}
-    assert "outputs without a quantizer are listed in graphs inside only" in str(report)
+    assert "are listed in graphs inside only" in " ".join(str(report).split())
     with pytest.raises(ValueError, match=r"recipe: received .*None for 'net', a subclassed"):
         quantization_report(net, "w8a8")
 
@@ -437,7 +439,7 @@ def test_a_rule_that_asks_for_what_is_never_quantized_warns_once_and_is_reported
         report = quantization_report(each, recipe)
         told = [row for row in report.to_dict()["layers"] if str(rule) in str(row)]
         assert told or any(str(rule) in note for note in report.notes)
-        assert str(rule) in str(report).replace("\n", " ")
+        assert str(rule) in " ".join(str(report).split())
     found, expected = quantization_report(quantized), quantization_report(plain)
     assert found.totals == expected.totals
 

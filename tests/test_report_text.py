@@ -1,8 +1,10 @@
 """The report in words: reasons, the printed table, plain values, records and data frames."""
 
 import dataclasses
+import html.parser
 import json
 import math
+import re
 import sys
 import types
 
@@ -113,8 +115,119 @@ Activations: 1 quantized, 1 not calibrated, 2 in float
 Bytes: 32 in float, 19 quantized, 1.68 times smaller"""
 
 
-def test_text():
-    assert str(quantization_report(known_model())) == TEXT
+NARROW = f"""\
+Quantization of model 'known'
+
+layer  tensor    bits          range          codes   bytes
+class  shape     method                       SQNR
+relu   output_0  6             not
+ReLU             uniform       calibrated
+dense  kernel    3             0.5..1         4/8     24 -> 11
+Dense  3x2       symmetric     (2 channels)   {DB}
+dense  output_0  8             -4..4
+Dense            power_of_two
+
+Weights in float, because
+  no row for Scale: it has no trainable float weight of rank 2
+    or more
+    own: factor
+
+Outputs without a quantizer, because
+  no quantizer was given for it
+    in, own
+
+Weights: 1 quantized (6 numbers), 1 in float (2 numbers)
+Activations: 1 quantized, 1 not calibrated, 2 in float
+Bytes: 32 in float, 19 quantized, 1.68 times smaller"""
+
+
+def test_text(monkeypatch):
+    """As wide as it is, or in a narrow terminal with columns one above the other."""
+    report = quantization_report(known_model())
+    monkeypatch.setenv("COLUMNS", "100")
+    assert str(report) == TEXT
+    monkeypatch.setenv("COLUMNS", "62")
+    assert str(report) == NARROW
+
+
+def lengthy():
+    """Long names of layers, models and weights, several channels, a note and long reasons."""
+    inputs = keras.Input((5, 4), name="a_sequence_of_tokens_of_some_kind")
+    inside = keras.Sequential([layers.Dense(4, name="projection")], name="encoder_with_a_long_name")
+    tensor = inside(
+        layers.MultiHeadAttention(2, 3, name="self_attention_of_block1")(inputs, inputs)
+    )
+    tensor = layers.Bidirectional(layers.LSTM(3), name="bidirectional")(tensor)
+    tensor = layers.BatchNormalization(name="normalization_of_all")(tensor)
+    model = keras.Model(inputs, tensor, name="a_model_whose_name_is_also_rather_long")
+    rule = qi.Rule(name="normalization_of_all", weights=qi.WeightsSpec(2))
+    recipe = qi.Recipe.from_preset("w4a8", rules=[rule])
+    with pytest.warns(UserWarning, match="has no effect on weights"):
+        return quantization_report(qi.quantize_model(model, recipe), recipe)
+
+
+def test_the_text_is_no_wider_than_the_terminal_and_loses_nothing(monkeypatch):
+    report = lengthy()
+    monkeypatch.setenv("COLUMNS", "1000")
+    whole = sorted("".join(str(report).split()))
+    for width in (300, 120, 100, 80, 79, 60, 40, 30):
+        monkeypatch.setenv("COLUMNS", str(width))
+        text = str(report)
+        assert max(map(len, text.splitlines())) <= width
+        assert sorted("".join(text.split())) == whole
+        assert "\n".join(line.rstrip() for line in text.splitlines()) == text
+
+
+def test_a_line_stands_for_the_report():
+    assert repr(quantization_report(known_model())) == (
+        "QuantizationReport('known', quantized_weights=1, quantized_activations=1, "
+        "bytes_before=32, bytes_after=19)"
+    )
+
+
+class Cells(html.parser.HTMLParser):
+    """The texts in a page, and the marks around them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.texts, self.marks, self._open = [], set(), []
+        self.feed(page)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        assert attributes == []
+        self._open.append(tag)
+        self.marks.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_notebooks_show_a_table(monkeypatch):
+    """All of the text, in HTML that needs nothing else, and in which names are no marks."""
+    report = quantization_report(known_model())
+    page = Cells(report._repr_html_())
+    assert page.marks == {"div", "p", "table", "tr", "th", "td", "ul", "li"}
+    monkeypatch.setenv("COLUMNS", "1000")
+    for line in str(report).splitlines():
+        for part in filter(None, re.split("  +", line)):
+            assert any(part in text for text in page.texts), part
+    evil = "<script>alert('&')</script>"
+    layers = [dataclasses.replace(layer, path=evil) for layer in report.layers]
+    changed = dataclasses.replace(report, model=evil, layers=tuple(layers), notes=(evil,))
+    page = Cells(changed._repr_html_())
+    assert "script" not in page.marks
+    assert sum(evil in text for text in page.texts) > 5
+    assert lengthy()._repr_html_().count("<tr>") == 1 + 9 + 5
+
+
+def test_nothing_quantized(monkeypatch):
+    report = quantization_report(keras.Sequential([keras.Input((3,)), layers.ReLU()], name="bare"))
+    assert "table" not in Cells(report._repr_html_()).marks
+    assert str(report).startswith("Quantization of model 'bare'\n")
 
 
 def test_plain_values():
