@@ -381,7 +381,7 @@ def test_folded_model_reloads(tmp_path):
 
 
 def test_what_is_no_built_graph_is_refused():
-    with pytest.raises(TypeError, match="a Functional or Sequential model"):
+    with pytest.raises(TypeError, match="expected a Keras model"):
         fold_batch_norm(layers.Dense(2))
     with pytest.raises(ValueError, match="a built model"):
         fold_batch_norm(keras.Sequential([layers.Dense(2), BatchNorm()]))

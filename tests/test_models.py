@@ -194,8 +194,8 @@ def test_sequential_that_was_built_by_a_call():
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: layers.Dense(2), TypeError, "a Functional or Sequential model"),
-        (lambda: None, TypeError, "Pass a keras.Model"),
+        (lambda: layers.Dense(2), TypeError, "expected a Keras model"),
+        (lambda: None, TypeError, "expected a Keras model"),
         (lambda: keras.Sequential([layers.Dense(2)]), ValueError, "pass an Input first"),
         (
             lambda: keras.Sequential(

@@ -331,8 +331,8 @@ def wrapper_inside():
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda: layers.Dense(2), TypeError, "a Functional or Sequential model"),
-        (lambda: None, TypeError, "Pass a keras.Model"),
+        (lambda: layers.Dense(2), TypeError, "expected a Keras model"),
+        (lambda: None, TypeError, "expected a Keras model"),
         (lambda: keras.Sequential([layers.Dense(2)]), ValueError, "pass an Input first"),
         (wrapper_inside, ValueError, r"TimeDistributed with \['dense.*Wrap the outer layer"),
         (off_its_grid, ValueError, "not on the grid of 'kernel'"),
