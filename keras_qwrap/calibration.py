@@ -1,6 +1,7 @@
 """Find the ranges of a model's activations in data, without training."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -18,8 +19,12 @@ from keras_qwrap.streams import batches, number_of_batches
 from keras_qwrap.substitution import State, layer_paths, state_kept
 from keras_qwrap.tensors import Tensor
 
-_SAMPLES = 4096
-_FEW_SAMPLES = 256
+_SAMPLES = 256
+_FEW_SAMPLES = 16
+_OUTERMOST = 8
+_MOST_SAMPLES = 2**15
+_OUTER_SHARE = 2**13
+_PART = 128
 _RESERVOIR = 2**16
 _SEED = 20260101
 _LARGEST = 2.0**125
@@ -44,10 +49,13 @@ def calibrate(
     """Set the range of every `MovingAverageActivationQATQuantizer` in a model, in place.
 
     The data runs through the model once, in inference mode, with quantized weights; activations
-    with a range to be found pass in float, those with a fixed one are quantized as ever. Seen are
-    the ends of each activation, and a uniform sample of up to 65536 of its values, drawn with a
-    fixed seed: memory does not grow with the data. `range_search.find_range` says what each
-    method does with them; `moving_average` moves the ends from batch to batch as training does.
+    with a range to be found pass in float, those with a fixed one are quantized as ever. Of each
+    activation its ends are seen, the smallest and the largest values of each batch (8 for each
+    row and one in 8192, on either side), and, drawn with a fixed seed, up to 256 of the others for
+    each row, which stand for all of these. Up to 65536 values are kept, with what they stand for:
+    memory does not grow with the data. `range_search.find_range` says what each method does with
+    them; `moving_average` alone depends on how the data is cut: it moves the ends from batch to
+    batch as training does.
 
     An activation whose ends are more than 100 times as far apart as the central 99.8 % of its
     values, in a batch or in all, has outliers: they are clipped, for the layers that follow too,
@@ -96,32 +104,35 @@ def calibrate(
     rows = _rows(model)
     methods = _methods(_found(model), method)
     seen = [_Seen(name, quantizer.momentum) for name, quantizer in rows]
-    number = _FEW_SAMPLES if set(methods) <= set(END_METHODS) else _SAMPLES
-    observer = _Observer(model, [quantizer for _, quantizer in rows], number)
+    samples = _FEW_SAMPLES if set(methods) <= set(END_METHODS) else _SAMPLES
+    observer = _Observer(model, [quantizer for _, quantizer in rows], samples)
     progress = keras.utils.Progbar(
         number_of_batches(model, data, batch_size, steps),
         verbose=1 if verbose == "auto" else verbose,
     )
-    shifts = np.random.default_rng(_SEED)
+    number = 0
     with state_kept(model):
         for inputs in batches(model, data, batch_size, steps):
-            _see(observer, inputs, int(shifts.integers(2**30)), seen)
+            _see(observer, inputs, number, seen)
+            number += len(keras.tree.flatten(inputs)[0])
             progress.add(1)
     ranges: list[tuple[float, float] | None] = []
     for (_, quantizer), one, chosen in zip(rows, seen, methods, strict=True):
         config = quantizer.quantization_config
         bits, grid = config.activation_n_bits, config.quantization_method
-        ranges.append(find_range(*one.summary(chosen), chosen, bits, grid) if one.number else None)
-    found = {}
+        values, weights, low, high = one.summary(chosen)
+        found = find_range(values, low, high, chosen, bits, grid, weights) if one.reached else None
+        ranges.append(found)
+    new = {}
     for (name, quantizer), ends in zip(rows, ranges, strict=True):
         if ends is not None:
             quantizer.set_range(*ends)
-            found[name] = quantizer.range or ends
+            new[name] = quantizer.range or ends
     for (_, quantizer), one in zip(rows, seen, strict=True):
-        if quantizer.pass_whole_numbers and one.number:
+        if quantizer.pass_whole_numbers and one.reached:
             quantizer.set_whole_numbers(one.whole)
         one.warn()
-    return found
+    return new
 
 
 def has_ranges_to_find(model: keras.Model) -> bool:
@@ -199,20 +210,22 @@ def _told_apart(rows: list[Row]) -> list[Row]:
 class _Observer(keras.Model):
     """Runs a model while its activations pass in float, and returns what they were.
 
-    Outputs, a row for each quantizer: `ends`, its least and greatest value and how many there
-    were; `samples`, values at random positions, which differ from batch to batch; `whole`, whether
-    all are whole numbers, for a quantizer that asks. With `bounds`,
+    Outputs, a row for each quantizer: `ends`, its least and greatest value; `whole`, whether all
+    are whole numbers, for a quantizer that asks; `counts`, how many values it had, how many of the
+    least and of the greatest are given, and how many are given in all. These `values` follow each
+    other, the outermost before a sample of all. With `bounds`,
     each activation is clipped to its row of them first.
     """
 
-    def __init__(self, model: keras.Model, quantizers: list, number: int) -> None:
+    def __init__(self, model: keras.Model, quantizers: list, samples: int) -> None:
         super().__init__(name="calibration", dtype="float32", autocast=False)
         self.model = model
         self.order: list[int] = []
+        self.samples = samples
         self._rows = {id(quantizer): row for row, quantizer in enumerate(quantizers)}
         self._asking = [quantizer.pass_whole_numbers for quantizer in quantizers]
-        self._number = number
-        self._random = np.random.default_rng(_SEED).integers(2**30, size=number, dtype=np.int32)
+        random = np.random.default_rng(_SEED)
+        self.random = random.integers(2**30, size=_MOST_SAMPLES + 1, dtype=np.int32)
         self.run_eagerly = model.run_eagerly
         if keras.backend.backend() != "jax":
             # XLA would take longer to compile than a calibration to run.
@@ -236,109 +249,172 @@ class _Observer(keras.Model):
 
         with observed(self.model, observe):
             self.model(inputs["inputs"])
+        rows = ops.shape(keras.tree.flatten(inputs["inputs"])[0])[0]
+        flat = [ops.concatenate(tensors) if tensors else None for tensors in seen.values()]
+        found = [self._summary(x, rows, inputs["before"]) for x in flat]
+        ends, counts, values = zip(*found, strict=True)
         return {
-            "ends": ops.stack([_ends(tensors) for tensors in seen.values()]),
-            "samples": ops.stack([self._sample(t, inputs["shift"]) for t in seen.values()]),
-            "whole": ops.stack([_whole(t if self._asking[row] else []) for row, t in seen.items()]),
+            "ends": ops.stack(ends),
+            "whole": ops.stack(
+                [_whole(x if self._asking[row] else None) for row, x in enumerate(flat)]
+            ),
+            "counts": ops.stack(counts),
+            "values": ops.concatenate(values),
         }
 
-    def _sample(self, tensors: list[Tensor], shift: Tensor) -> Tensor:
-        """Values from all calls in turn; a small tensor gives each of its values equally often."""
-        if not tensors:
-            return ops.zeros((self._number,))
-        each = -(-self._number // len(tensors))
-        index = ops.arange(each, dtype="int32")
-        jitter = ops.convert_to_tensor(self._random[:each]) + shift
-        drawn = []
-        for tensor in tensors:
-            size = ops.shape(tensor)[0]
-            # One position, at random, in each of `each` parts of nearly the same width.
-            width = ops.maximum(size // each, 1)
-            spread = index * width + index * (size % each) // each
-            spread = spread + ops.mod(jitter, width)
-            cyclic = ops.mod(index + shift, size)
-            drawn.append(ops.take(tensor, ops.where(size <= each, cyclic, spread)))
-        return ops.reshape(ops.stack(drawn, axis=1), (-1,))[: self._number]
+    def _summary(self, x: Tensor | None, rows: Tensor, before: Tensor) -> tuple[Tensor, ...]:
+        """Ends, counts, and values: the outermost, and one at random in each of equal parts.
+
+        The parts, and the places in them, do not depend on how the rows are cut into batches.
+        """
+        if x is None:
+            return ops.zeros((2,), "float32"), ops.zeros((3,), "int32"), ops.zeros((0,), "float32")
+        size = ops.shape(x)[0]
+        number = _lesser(size, _lesser(self.samples * rows, _MOST_SAMPLES))
+        outer = _lesser(_OUTERMOST * rows + size // _OUTER_SHARE, (size - number) // 2)
+        ends, outermost = _outermost(x, outer)
+        index = ops.arange(number, dtype="int32")
+        width = size // number
+        jitter = ops.take(self.random, ops.mod(index + before, len(self.random)))
+        place = index * width + index * (size % number) // number + ops.mod(jitter, width)
+        counts = [ops.cast(count, "int32") for count in (size, outer, 2 * outer + number)]
+        values = ops.concatenate([outermost, ops.take(x, place)])
+        return ends, ops.stack(counts), values
 
 
-def _whole(tensors: list[Tensor]) -> Tensor:
+def _whole(x: Tensor | None) -> Tensor:
     """Whether all numbers are whole; False where there are none."""
-    each = [ops.all(ops.equal(tensor, ops.round(tensor))) for tensor in tensors]
-    return ops.all(ops.stack(each)) if each else ops.convert_to_tensor(False)
+    return ops.convert_to_tensor(False) if x is None else ops.all(ops.equal(x, ops.round(x)))
 
 
-def _ends(tensors: list[Tensor]) -> Tensor:
-    if not tensors:
-        return ops.zeros((3,))
-    low = ops.min(ops.stack([ops.min(tensor) for tensor in tensors]))
-    high = ops.max(ops.stack([ops.max(tensor) for tensor in tensors]))
-    number = sum(ops.cast(ops.shape(tensor)[0], "float32") for tensor in tensors)
-    return ops.stack([low, high, number])
+def _lesser(a: Any, b: Any) -> Any:
+    """The lesser of two counts; a number, where both are, as shapes need it."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else ops.minimum(a, b)
 
 
-def _see(observer: _Observer, inputs: Any, shift: int, seen: list["_Seen"]) -> None:
-    """One batch; run again with outliers clipped, for the layers that follow, where there are."""
-    feed = {"inputs": inputs, "shift": np.array(shift, np.int32)}
+def _outermost(x: Tensor, number: Any) -> tuple[Tensor, Tensor]:
+    """The least and the greatest value; the `number` least ones, and the greatest, in no order.
+
+    They are in those parts of the tensor whose ends are outermost, or behind the last part: much
+    faster than to look for them among all values.
+    """
+    signs = ops.convert_to_tensor([[-1.0], [1.0]], "float32")
+    size = ops.shape(x)[0]
+    # Torch, where sizes are known, reduces nothing that is empty.
+    width = 1 if isinstance(size, int) and size < _PART else _PART
+    parts = size // width
+    cut = ops.reshape(x[: parts * width], (-1, width))
+    left = signs * x[parts * width :]
+    greatest = signs * ops.stack([ops.min(cut, axis=1), ops.max(cut, axis=1)])
+    ends = signs[:, 0] * ops.max(ops.concatenate([greatest, left], axis=1), axis=1)
+    which = ops.top_k(greatest, _lesser(number, parts), sorted=False)[1]
+    near = signs * ops.reshape(ops.take(cut, which, axis=0), (2, -1))
+    found = ops.top_k(ops.concatenate([near, left], axis=1), number, sorted=False)[0]
+    return ends, ops.reshape(signs * found, (-1,))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a batch holds of one activation: its ends, whether all are whole, sorted values.
+
+    A weight is the number of values that one stands for.
+    """
+
+    ends: np.ndarray
+    whole: bool
+    size: int
+    values: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(
+        cls, ends: np.ndarray, whole: np.ndarray, counts: np.ndarray, values: np.ndarray
+    ) -> "_Batch":
+        """From the outputs of an observer: the outermost values stand for themselves."""
+        size, outer, _ = (int(count) for count in counts)
+        low, high, drawn = np.split(values, (outer, 2 * outer))
+        if outer:
+            drawn = drawn[(drawn >= low.max()) & (drawn <= high.min())]
+        weight = (size - 2 * outer) / max(len(drawn), 1)
+        weights = np.repeat([1, weight, 1], [outer, len(drawn), outer])
+        values = np.concatenate([np.sort(part) for part in (low, drawn, high)])
+        return cls(ends, bool(whole), size, values, weights)
+
+    def bounds(self) -> tuple[float, float] | None:
+        """Where to clip its outliers; None where there are none."""
+        return None if self.whole else _bounds(self.values, self.weights, *self.ends)
+
+
+def _see(observer: _Observer, inputs: Any, number: int, seen: list["_Seen"]) -> None:
+    """One batch; run again with outliers clipped, for the layers that follow, where there are.
+
+    `number` is that of the rows before.
+    """
+    before = number * observer.samples % len(observer.random)
+    feed = {"inputs": inputs, "before": np.array(before, np.int32)}
     bounds = np.array([[-np.inf, np.inf]] * len(seen), np.float32)
     state = State(observer.model)
     for _ in range(len(seen) + 1):
         state.restore()
-        out = observer.predict_on_batch(feed)
-        # Where outputs of several replicas are joined, the first one's come first.
-        ends, samples = out["ends"][: len(seen)], out["samples"][: len(seen)]
-        whole = out["whole"][: len(seen)]
-        for one, row in zip(seen, ends, strict=True):
-            one.check(row)
+        found = _found_in(observer.predict_on_batch(feed), len(seen))
+        for one, batch in zip(seen, found, strict=True):
+            one.check(batch.ends)
         outlying = [
             row
             for row in observer.order
-            if np.isinf(bounds[row, 0])
-            and not whole[row]
-            and _bounds(*_of(samples[row], ends[row])) is not None
+            if np.isinf(bounds[row, 0]) and found[row].bounds() is not None
         ]
         if not outlying:
             break
         first = outlying[0]
-        bounds[first] = _bounds(*_of(samples[first], ends[first]))
-        seen[first].note_outliers(*ends[first][:2])
+        bounds[first] = found[first].bounds()
+        seen[first].note_outliers(*found[first].ends)
         feed["bounds"] = bounds
-    for one, row, drawn, are_whole in zip(seen, ends, samples, whole, strict=True):
-        one.whole = one.whole and (bool(are_whole) or row[2] == 0)
-        one.add(row, drawn)
+    for one, batch in zip(seen, found, strict=True):
+        one.add(batch)
 
 
-def _of(samples: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Samples without repetition, and the ends."""
-    return samples[: int(ends[2])], float(ends[0]), float(ends[1])
+def _found_in(outputs: dict[str, np.ndarray], number: int) -> list[_Batch]:
+    # Where outputs of several replicas are joined, the first one's come first.
+    counts = outputs["counts"][:number]
+    values = np.split(outputs["values"], np.cumsum(counts[:, 2]))[:number]
+    ends, whole = outputs["ends"][:number], outputs["whole"][:number]
+    rows = zip(ends, whole, counts, values, strict=True)
+    return [_Batch.of(*row) for row in rows]
 
 
-def _bounds(samples: np.ndarray, low: float, high: float) -> tuple[float, float] | None:
-    """Where to clip outliers; None where there are none."""
-    if samples.size < _FEWEST_FOR_OUTLIERS:
+def _bounds(
+    values: np.ndarray, weights: np.ndarray, low: float, high: float
+) -> tuple[float, float] | None:
+    """Where to clip outliers of sorted values; None where there are none."""
+    reached = np.cumsum(weights, dtype=np.float64)
+    if len(reached) == 0 or round(reached[-1]) < _FEWEST_FOR_OUTLIERS:
         return None
-    tail = int(_TAIL * samples.size)
+    tail = int(_TAIL * reached[-1])
     ratio = _OUTLIER_RATIO if tail else _FEW_OUTLIER_RATIO
     tail = max(1, tail)
-    inner = np.partition(samples, (tail, samples.size - 1 - tail))
-    least, most = float(inner[tail]), float(inner[-1 - tail])
+    least = float(values[np.searchsorted(reached, tail, "right")])
+    most = float(values[np.searchsorted(reached, reached[-1] - tail, "left")])
     width = most - least
     if width == 0 or high - low <= ratio * width:
         return None
-    return max(least - width / 2, low), min(most + width / 2, high)
+    return max(least - width / 2, float(low)), min(most + width / 2, float(high))
 
 
 class _Seen:
     """What was seen of one activation."""
 
     def __init__(self, name: str, momentum: float) -> None:
-        self.number = 0
+        self.reached = False
         self.whole = True
         self._name = name
         self._momentum = momentum
         self._ends = (np.inf, -np.inf)
         self._average = np.zeros(2)
-        self._largest = 0.0
-        self._samples = np.empty(_RESERVOIR, np.float32)
+        self._values = np.empty(0, np.float32)
+        self._weights = np.empty(0, np.float32)
+        self._lightest = 1.0
+        self._inner = (-np.inf, np.inf)
         self._random = np.random.default_rng(_SEED)
         self._outliers: tuple[float, float] | None = None
 
@@ -357,44 +433,53 @@ class _Seen:
         before = self._outliers or (low, high)
         self._outliers = min(before[0], float(low)), max(before[1], float(high))
 
-    def add(self, ends: np.ndarray, samples: np.ndarray) -> None:
-        """A batch, each of its values as likely to stay in the sample as those before."""
-        low, high, size = (float(number) for number in ends)
-        if size == 0:
+    def add(self, batch: _Batch) -> None:
+        """A batch; where there is no room for all values, light ones make way, by chance."""
+        if batch.size == 0:
             return
-        batch = np.array([min(low, 0.0), max(high, 0.0)])
-        first = self._largest == 0
-        step = 1.0 if first else 1 - self._momentum
-        self._average += step * (batch - self._average)
+        low, high = (float(end) for end in batch.ends)
+        step = 1 - self._momentum if self.reached else 1.0
+        self._average += step * ([min(low, 0.0), max(high, 0.0)] - self._average)
         self._ends = min(low, self._ends[0]), max(high, self._ends[1])
-        self._largest = max(size, self._largest)
-        share = min(1.0, len(samples) / self._largest)
-        samples = samples[: int(min(size, len(samples)))]
-        number = int(np.ceil(share * size))
-        if number < len(samples):
-            samples = self._random.choice(samples, number, replace=False)
-        index = np.arange(self.number, self.number + len(samples))
-        drawn = self._random.integers(index + 1)
-        place = np.where(index < _RESERVOIR, index, drawn)
-        kept = place < _RESERVOIR
-        self._samples[place[kept]] = samples[kept]
-        self.number += len(samples)
+        self.reached = True
+        self.whole = self.whole and batch.whole
+        values, weights = batch.values, batch.weights
+        if self._lightest > 1:
+            values, weights = self._fewer(values, weights)
+        self._values = np.concatenate([self._values, values])
+        self._weights = np.concatenate([self._weights, weights.astype(np.float32)])
+        if len(self._values) > _RESERVOIR:
+            self._lightest = 2 * float(np.sum(self._weights, dtype=np.float64)) / _RESERVOIR
+            places = [_RESERVOIR // 64, -1 - _RESERVOIR // 64]
+            low, high = np.partition(self._values, places)[places]
+            self._inner = float(low), float(high)
+            self._values, self._weights = self._fewer(self._values, self._weights)
 
-    def summary(self, method: str) -> tuple[np.ndarray, float, float]:
-        """Samples and ends for the search, without outliers."""
-        samples = self._samples[: self.number]
+    def _fewer(self, values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A part of the values that stands for all: none but the outermost with a small weight."""
+        inside = (values >= self._inner[0]) & (values <= self._inner[1])
+        chances = np.where(inside, weights / self._lightest, 1)
+        kept = self._random.random(len(values)) < chances
+        heavier = np.where(inside, np.maximum(weights, self._lightest), weights)
+        return values[kept], heavier[kept]
+
+    def summary(self, method: str) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """Values, their weights, and ends for the search, without outliers."""
+        order = np.argsort(self._values)
+        values, weights = self._values[order], self._weights[order]
         low, high = self._average if method == "moving_average" else self._ends
-        bounds = None if self.whole else _bounds(samples, *self._ends)
+        bounds = None if self.whole else _bounds(values, weights, *self._ends)
         if bounds is not None:
             self.note_outliers(*self._ends)
             low, high = np.clip((low, high), *bounds)
-            samples = samples[(samples >= low) & (samples <= high)]
-        return samples, float(low), float(high)
+            inside = (values >= low) & (values <= high)
+            values, weights = values[inside], weights[inside]
+        return values, weights, float(low), float(high)
 
     def warn(self) -> None:
         """Say what was unusual."""
         low, high = self._ends
-        if self.number == 0:
+        if not self.reached:
             text = "was not reached by this data; its range is left as it was."
         elif self._outliers is not None:
             text = f"has outliers from {self._outliers[0]:g} to {self._outliers[1]:g}: clipped."

@@ -22,7 +22,10 @@ _TAIL = 1024
 _MIDDLE = 4096
 _COARSE = np.exp2(-np.arange(0, 8, 1 / 12))
 _WIDE = np.exp2(np.arange(-5, 1.1, 1 / 8))
-_FINE = np.exp2(np.arange(-4, 4.1) / 48)
+_NEAR = np.exp2(np.arange(-4, 4.1) / 48)
+_FINE = np.exp2(np.arange(-28, 28.1) / 128)
+_SMOOTHED = 9
+_BLURRED = 17
 _WEIGHT_COARSE = np.exp2(-np.r_[0:0.25:16j, 0.3:1:12j, 1.1:4:18j])
 _WEIGHT_FINE = np.exp2(np.arange(-1, 1.1, 1 / 4) / 6)
 _BLOCK = 2**17
@@ -37,6 +40,7 @@ def find_range(
     method: str,
     num_bits: int,
     quantization_method: QuantizationMethod | str,
+    weights: Any = None,
 ) -> Range:
     """The range for an activation quantizer, inside `low..high` widened to hold zero.
 
@@ -47,7 +51,8 @@ def find_range(
     - `entropy`: the clipped range whose grid keeps most information: the least Kullback-Leibler
       divergence between the samples' histogram of 2048 bins and the histogram that the grid leaves
       of it (S. Migacz, "8-bit Inference with TensorRT", GPU Technology Conference 2017). Zeros,
-      which every grid holds, are left out of the histogram.
+      which every grid holds, are left out of the histogram, and it is smoothed over 17 bins, since
+      chance alone makes the bins of a sample differ.
 
     Args:
         samples: the numbers seen, or a part of them; finite.
@@ -56,6 +61,7 @@ def find_range(
         method: one of `RANGE_METHODS`.
         num_bits: width of the codes.
         quantization_method: `UNIFORM`, `SYMMETRIC` or `POWER_OF_TWO`.
+        weights: how many of the numbers seen each sample stands for; by default all as many.
 
     Raises:
         ValueError: an unknown method, or numbers that are not finite.
@@ -75,6 +81,7 @@ def find_range(
     check_range_method(method, "method")
     grid = as_method("quantization_method", quantization_method)
     samples = np.asarray(samples, dtype=np.float32).ravel()
+    weight = np.ones(samples.size) if weights is None else np.asarray(weights, np.float64).ravel()
     ends = np.asarray([low, high], dtype=np.float32)
     if not (np.all(np.isfinite(samples)) and np.all(np.isfinite(ends)) and low <= high):
         raise bad_value(
@@ -88,16 +95,21 @@ def find_range(
     x = np.clip(samples / unit, widest[0] / unit, widest[1] / unit).astype(np.float32)
     scaled = (widest[0] / unit, widest[1] / unit)
     if method == "percentile":
-        found = _percentile(x)
+        found = _percentile(x, weight)
     elif method == "mse":
-        found = _least_error(x, scaled, num_bits, grid)
+        found = _least_error(x, weight, scaled, num_bits, grid)
     else:
-        found = _least_divergence(x, scaled, num_bits, grid)
+        found = _least_divergence(x, weight, scaled, num_bits, grid)
     return float(max(found[0] * unit, widest[0])), float(min(found[1] * unit, widest[1]))
 
 
-def _percentile(x: np.ndarray) -> Range:
-    low, high = np.percentile(x.astype(np.float64), [100 - _PERCENT, _PERCENT])
+def _percentile(x: np.ndarray, weight: np.ndarray) -> Range:
+    """Each number stands at as many ranks in a row as its weight says."""
+    order = np.argsort(x)
+    last = np.cumsum(weight[order]) - 1
+    ranks = np.stack([last - weight[order] + 1, last], axis=1)
+    wanted = np.array([100 - _PERCENT, _PERCENT]) / 100 * last[-1]
+    low, high = np.interp(wanted, ranks.ravel(), np.repeat(x[order].astype(np.float64), 2))
     return min(float(low), 0.0), max(float(high), 0.0)
 
 
@@ -137,49 +149,74 @@ def _errors(
     return y @ weight
 
 
-def mean_squared_error(
-    x: np.ndarray, low: float, high: float, num_bits: int, method: QuantizationMethod
-) -> float:
-    """Between numbers and their values on the grid of a range, in float64."""
-    step, lowest, highest = grids(low, high, num_bits, method)
-    y = np.clip(np.round(x / step), lowest, highest) * step
-    return float(np.mean(np.square(y.astype(np.float64) - x)))
+def _mean_around(row: Any, number: int) -> np.ndarray:
+    """The mean of each number of a row and those beside it, `number` in all; mirrored at the ends.
+
+    What chance, which differs from sample to sample, adds to one of them is less in the mean.
+    """
+    padded = np.pad(row, number // 2, mode="symmetric")
+    return np.convolve(padded, np.full(number, 1 / number), "valid")
 
 
-def _thinned(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _thinned(x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A part of the numbers, and how many each stands for; the tails are kept whole."""
     if x.size <= 2 * _TAIL + _MIDDLE:
-        return x, np.ones(x.size, np.float32)
-    x = np.sort(x)
-    middle = x[_TAIL:-_TAIL]
-    stride = -(-middle.size // _MIDDLE)
-    middle = middle[stride // 2 :: stride]
-    weight = np.ones(2 * _TAIL + middle.size, np.float32)
-    weight[_TAIL:-_TAIL] = (x.size - 2 * _TAIL) / middle.size
-    return np.concatenate([x[:_TAIL], middle, x[-_TAIL:]]), weight
+        return x, weight
+    order = np.argsort(x)
+    x, weight = x[order], weight[order]
+    reached = np.cumsum(weight[_TAIL:-_TAIL])
+    each = reached[-1] / _MIDDLE
+    middle = _TAIL + np.searchsorted(reached, (np.arange(_MIDDLE) + 0.5) * each)
+    return (
+        np.concatenate([x[:_TAIL], x[middle], x[-_TAIL:]]),
+        np.concatenate([weight[:_TAIL], np.full(_MIDDLE, each), weight[-_TAIL:]]),
+    )
 
 
-def _least_error(x: np.ndarray, widest: Range, num_bits: int, method: QuantizationMethod) -> Range:
-    """First both ends are moved together, then each alone, then both in finer steps."""
-    part, weight = _thinned(x)
+def _least_error(
+    x: np.ndarray, weight: np.ndarray, widest: Range, num_bits: int, method: QuantizationMethod
+) -> Range:
+    """First both ends are moved together, then each alone, in finer steps.
 
-    def best(lows: np.ndarray, highs: np.ndarray) -> tuple[float, float]:
+    Last, the mean of the errors around each range is what counts: a single error also says how
+    these very samples happen to fall on a grid, which the next ones do not.
+    """
+    nonzero = x != 0  # Zero is on every grid.
+    x, weight = x[nonzero], weight[nonzero]
+    if x.size == 0:
+        return widest
+    part, share = _thinned(x, weight)
+    share = share.astype(np.float32)
+
+    def best(lows: Any, highs: Any, smoothed: int = 1) -> Range:
         lows, highs = np.broadcast_arrays(np.maximum(lows, widest[0]), np.minimum(highs, widest[1]))
-        which = int(np.argmin(_errors(part, weight, (lows, highs), num_bits, method)))
+        errors = _errors(part, share, (lows, highs), num_bits, method)
+        which = int(np.argmin(_mean_around(errors, smoothed)))
         return float(lows[which]), float(highs[which])
 
     low, high = best(*_clipped(widest, _COARSE, method, num_bits))
     if method is QuantizationMethod.SYMMETRIC:
-        low, high = best(*_clipped((low, high), _FINE, method, num_bits, widest))
+        low, high = best(*_clipped((low, high), _FINE, method, num_bits, widest), _SMOOTHED)
     elif method is QuantizationMethod.UNIFORM:
-        low, high = best(np.array(low), np.unique(high * _WIDE))
-        low, high = best(np.unique(low * _WIDE), np.array(high))
-        for factors in (_FINE**2, _FINE):
-            pairs = np.meshgrid(np.unique(low * factors), np.unique(high * factors))
-            low, high = best(*(ends.ravel() for ends in pairs))
-    given = mean_squared_error(x, *widest, num_bits, method)
-    found = mean_squared_error(x, low, high, num_bits, method)
+        low, high = best(low, np.unique(high * _WIDE))
+        low, high = best(np.unique(low * _WIDE), high)
+        for factors in (_NEAR**2, _NEAR):
+            lows, highs = np.meshgrid(np.unique(low * factors), np.unique(high * factors))
+            low, high = best(lows.ravel(), highs.ravel())
+        low, high = best(low, np.unique(high * _FINE), _SMOOTHED)
+        low, high = best(np.unique(low * _FINE), high, _SMOOTHED)
+    given = _error(x, weight, widest, num_bits, method)
+    found = _error(x, weight, (low, high), num_bits, method)
     return (low, high) if found < given else widest
+
+
+def _error(
+    x: np.ndarray, weight: np.ndarray, ends: Range, num_bits: int, method: QuantizationMethod
+) -> float:
+    """Weighted sum of squared errors of numbers on the grid of a range, in float64."""
+    step, lowest, highest = grids(*ends, num_bits, method)
+    y = np.clip(np.round(x / step), lowest, highest) * step
+    return float(np.square(y.astype(np.float64) - x) @ weight)
 
 
 def _clipped(
@@ -205,12 +242,13 @@ def _clipped(
 
 
 def _least_divergence(
-    x: np.ndarray, widest: Range, num_bits: int, method: QuantizationMethod
+    x: np.ndarray, weight: np.ndarray, widest: Range, num_bits: int, method: QuantizationMethod
 ) -> Range:
-    x = x[x != 0]
-    if x.size == 0:
+    nonzero = x != 0
+    if not nonzero.any():
         return widest
-    counts, edges = np.histogram(x, bins=_BINS, range=widest)
+    counts, edges = np.histogram(x[nonzero], _BINS, widest, weights=weight[nonzero])
+    counts = _mean_around(counts, _BLURRED)
     centres = (edges[:-1] + edges[1:]) / 2
     width = edges[1] - edges[0]
     # A window of fewer bins than the grid has steps could tell nothing.
@@ -223,7 +261,8 @@ def _least_divergence(
         _divergence(counts, centres, low, high, step, width)
         for low, high, step in zip(lows[enough], highs[enough], steps[enough], strict=True)
     ]
-    which = int(np.argmin(divergences))
+    smoothed = 1 if method is QuantizationMethod.POWER_OF_TWO else _SMOOTHED
+    which = int(np.argmin(_mean_around(divergences, smoothed)))
     return float(lows[enough][which]), float(highs[enough][which])
 
 

