@@ -79,8 +79,10 @@ def quantize_model(
     makes an output of the model it has the function's name, so that `output_names` are the same,
     and the function is `<name>_unquantized`. Weights are copied, layers stay shared, and
     `model` is left as it is. Activation ranges come from `calibration_data`, from a later
-    `calibrate`, or from training; until then activations pass unquantized in inference. With
-    `bias_correction` the recipe also shifts biases, by the same data.
+    `calibrate`, or from training; until then activations pass unquantized in inference. Inputs that
+    lookups read stay as they are; so do those of rank 3 or less that only layers outside Keras
+    read, if calibration finds whole numbers alone in them. With `bias_correction` the recipe also
+    shifts biases, by the same data.
 
     A layer of a graph that cannot be wrapped is left in float, with a warning. A subclassed model
     becomes a `QuantizedModel`. `quantization_report(quantized, recipe)` says what was left in

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.tensors import Tensor
+from keras_qwrap.tensors import Tensor, to_numpy
 
 Axes = tuple[int, ...] | None
 
@@ -54,14 +54,19 @@ def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold
     """Threshold whose narrow signed grid ends exactly at the largest magnitude.
 
     `t = s * 2**(b-1)` with `s = max(|w|, min_threshold) * float32(1 / (2**(b-1) - 1))`, at least
-    2**-126; 1 for zeros without a `min_threshold`.
+    2**-126.
     """
     largest = largest_magnitude(weight, axes)
-    floored = ops.maximum(largest, np.float32(min_threshold))
-    threshold = _top_threshold(floored, num_bits - 1, ops)
     if min_threshold:
-        return threshold
-    return ops.where(largest < _SMALLEST_NORMAL, np.float32(1), threshold)
+        largest = ops.maximum(largest, np.float32(min_threshold))
+    step = ops.maximum(largest * np.float32(1 / (2 ** (num_bits - 1) - 1)), _SMALLEST_NORMAL)
+    return step * np.float32(2.0 ** (num_bits - 1))
+
+
+def one_for_zeros(threshold: np.ndarray, weight: Tensor, axes: Axes) -> np.ndarray:
+    """Thresholds, with 1 for each channel of zeros: any threshold rounds these alike."""
+    zeros = to_numpy(largest_magnitude(weight, axes)) < _SMALLEST_NORMAL
+    return np.where(zeros, np.float32(1), threshold)
 
 
 def power_of_two_threshold(
@@ -85,27 +90,23 @@ def uniform_range(
 ) -> tuple[Tensor, Tensor]:
     """Smallest and largest value over `axes`, widened to hold zero and enough for a uniform grid.
 
-    0 to 1 for zeros without a `min_threshold`.
+    The width is at least `min_threshold`, and 2**b steps of 2**-125.
     """
-    low = _normal(ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0)), ops)
-    high = _normal(ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0)), ops)
-    if not min_threshold:
-        high = ops.where(ops.maximum(high, -low) == 0, np.float32(1), high)
-    return low, widened_end(low, high, num_bits, min_threshold, ops)
+    low = ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0))
+    high = ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0))
+    low, high = normal(low, ops), normal(high, ops)
+    least = max(min_threshold, 2.0 ** (num_bits - 125))
+    return low, normal(widened_end(low, high, least, ops), ops)
 
 
-def _normal(x: Tensor, xp: Any) -> Tensor:
-    """`x`, with zero for subnormal numbers."""
+def widened_end(low: Tensor, high: Tensor, width: float, xp: Any) -> Tensor:
+    """The upper end of a range that is at least `width` wide."""
+    return xp.maximum(high, low + np.float32(width))
+
+
+def normal(x: Tensor, xp: Any) -> Tensor:
+    """`x`, with zero for subnormal numbers, as some backends compute."""
     return xp.where(xp.abs(x) < _SMALLEST_NORMAL, np.float32(0), x)
-
-
-def widened_end(low: Tensor, high: Tensor, num_bits: int, min_threshold: float, xp: Any) -> Tensor:
-    """The upper end of a range that is at least `min_threshold`, and 2**b steps of 2**-126, wide.
-
-    It is never subnormal if `high` is not.
-    """
-    least = np.float32(max(min_threshold, 2.0 ** (num_bits - 126)))
-    return xp.where(high - low < least, xp.maximum(low + least, _SMALLEST_NORMAL), high)
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,21 +118,24 @@ def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     integers, and keeps NaN.
     """
     if keras.backend.backend() == "torch":
-        return ops.min(x, initial=0.0), ops.max(x, initial=0.0)
+        return normal(ops.min(x, initial=0.0), ops), normal(ops.max(x, initial=0.0), ops)
     lowest, highest = (
         ops.max(ops.view(x, dtype=dtype), initial=0) for dtype in ("uint32", "int32")
     )
     return ops.view(lowest, dtype="float32"), ops.view(highest, dtype="float32")
 
 
-def to_store(low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
-    """The range of numbers that were seen, as it is stored; numbers up to 2**-126 count as zero.
+def least_range(num_bits: int) -> float:
+    """Largest magnitude up to which numbers count as zero: their steps would be below 2**-126."""
+    return 2.0 ** (num_bits - 126)
 
-    Zeros alone have the range 0 to 2**-126, which no others have; two zeros stand for nothing seen.
+
+def to_store(low: Tensor, high: Tensor, num_bits: int, xp: Any) -> tuple[Tensor, Tensor]:
+    """The range of numbers that were seen, as it is stored.
+
+    For zeros alone it reaches to `least_range`; two zeros stand for nothing seen.
     """
-    low = xp.where(low < -_SMALLEST_NORMAL, low, np.float32(0))
-    high = xp.where(high > _SMALLEST_NORMAL, high, np.float32(0))
-    return low, xp.where(low < 0, high, xp.maximum(high, _SMALLEST_NORMAL))
+    return low, widened_end(low, high, least_range(num_bits), xp)
 
 
 def was_seen(low: Tensor, high: Tensor, xp: Any) -> Tensor:
@@ -139,14 +143,15 @@ def was_seen(low: Tensor, high: Tensor, xp: Any) -> Tensor:
     return xp.maximum(high, -low) >= _SMALLEST_NORMAL
 
 
-def has_range(low: Tensor, high: Tensor, xp: Any) -> Tensor:
+def has_range(low: Tensor, high: Tensor, num_bits: int, xp: Any) -> Tensor:
     """Whether a stored range stands for any numbers but zeros."""
-    return xp.maximum(high, -low) > _SMALLEST_NORMAL
+    return xp.maximum(high, -low) > np.float32(least_range(num_bits))
 
 
-def stored_end(low: Tensor, high: Tensor, min_threshold: float, xp: Any) -> Tensor:
+def stored_end(low: Tensor, high: Tensor, num_bits: int, min_threshold: float, xp: Any) -> Tensor:
     """The upper end of a stored range; for zeros alone `min_threshold`, or 1 without one."""
-    return xp.where(has_range(low, high, xp), high, np.float32(min_threshold or 1))
+    end = min_threshold if min_threshold > least_range(num_bits) else 1.0
+    return xp.where(has_range(low, high, num_bits, xp), high, np.float32(end))
 
 
 def covering_threshold(
@@ -155,19 +160,20 @@ def covering_threshold(
     """Threshold of a symmetric grid that clips nothing from `low <= 0` to `high >= 0`.
 
     Signed where `low < 0`: `t = max(-low, high * float32(1 / (2**(b-1) - 1)) * 2**(b-1))`, else
-    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`, and enough for
-    a step of 2**-126.
+    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`.
 
     Returns:
         The threshold, and whether the grid is signed.
     """
-    signed = low <= -_SMALLEST_NORMAL
-    above = _top_threshold(high, num_bits, xp)
-    both = xp.maximum(-low, _top_threshold(high, num_bits - 1, xp))
-    return xp.maximum(xp.where(signed, both, above), np.float32(min_threshold)), signed
+    signed = low < np.float32(-least_range(num_bits))
+    above = _top_threshold(high, num_bits)
+    both = xp.maximum(-low, _top_threshold(high, num_bits - 1))
+    threshold = xp.where(signed, both, above)
+    if min_threshold:
+        threshold = xp.maximum(threshold, np.float32(min_threshold))
+    return threshold, signed
 
 
-def _top_threshold(high: Tensor, num_bits: int, xp: Any) -> Tensor:
+def _top_threshold(high: Tensor, num_bits: int) -> Tensor:
     """Threshold of the grid whose highest code, `2**num_bits - 1`, is worth `high`."""
-    step = xp.maximum(high * np.float32(1 / (2**num_bits - 1)), _SMALLEST_NORMAL)
-    return step * np.float32(2.0**num_bits)
+    return high * np.float32(1 / (2**num_bits - 1)) * np.float32(2.0**num_bits)

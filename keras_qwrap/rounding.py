@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.fusion import fused
+from keras_qwrap.grids import SMALLEST_SCALE
 from keras_qwrap.tensors import Tensor, as_tensor, float_tensor
 
 
@@ -147,7 +148,11 @@ def _divide(x: Tensor, scale: Tensor) -> Tensor:
 
     JAX's compiler multiplies by the reciprocal of a divisor that it sees to be broadcast, which
     misses some ties; a divisor chosen element by element it divides by. NaN stays NaN.
+
+    Subnormal numbers count as zero, also on torch, which computes with them.
     """
+    if keras.backend.backend() == "torch":
+        x = ops.where(ops.abs(x) < SMALLEST_SCALE, 0.0, x)
     if keras.backend.backend() == "jax":
         scale = ops.where(ops.isnan(x), x, scale)
     return ops.divide(x, scale)

@@ -252,7 +252,7 @@ def test_without_data_the_report_warns(random):
     assert len(np.unique(to_numpy(holder_of(quantized)(ids)))) <= 256
     report = qi.quantization_report(quantized, "w8a8")
     assert report.notes == (note,)
-    assert note in str(report)
+    assert note in " ".join(str(report).split())
     qi.calibrate(quantized, ids, verbose=0)
     for each in (quantized, qi.convert_to_inferable(quantized)):
         report = qi.quantization_report(each)
@@ -260,7 +260,7 @@ def test_without_data_the_report_warns(random):
         (row,) = [row for row in report.layers if row.path == "ids_quantizer"]
         assert (row.activations, row.outputs.state) == ((), "float")
         assert "whole numbers" in row.outputs.reason
-        assert "calibration found whole numbers" in str(report)
+        assert "calibration found whole numbers" in " ".join(str(report).split())
 
 
 def test_ids_with_a_long_tail_are_not_clipped_while_others_are_calibrated(random):

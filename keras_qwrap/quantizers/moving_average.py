@@ -192,7 +192,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         usable = ops.logical_and(usable, ops.size(x) > 0)
         batch = ops.minimum(lowest, np.float32(0)), ops.maximum(highest, np.float32(0))
         old = self._read("min_range"), self._read("max_range")
-        began = ranges.has_range(*old, ops)
+        bits = self.quantization_config.activation_n_bits
+        began = ranges.has_range(old[0], old[1], bits, ops)
         stays = ops.logical_and(began, self._read("frozen"))
         moves = ops.logical_and(usable, ops.logical_not(stays))
         kept, added = np.float32(self.momentum), np.float32(1 - self.momentum)
@@ -200,7 +201,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             ops.where(began, kept * start + added * end, end)
             for start, end in zip(old, batch, strict=True)
         )
-        new = ranges.to_store(low, high, ops)
+        new = ranges.to_store(low, high, bits, ops)
         for role, start, end in zip(_ENDS, old, new, strict=True):
             self.quantizer_parameters[role].assign(ops.where(moves, end, start))
         self.quantizer_parameters["steps"].assign(self._read("steps") + 1)
@@ -231,11 +232,11 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     def _range(self, read: Callable[[str], Any], xp: Any) -> tuple[Any, Any]:
         """The range in use, if there is any; of variables that `read` reads by their names."""
         config = self.quantization_config
+        floor = config.min_threshold
         low, high = (read(role) for role in _ENDS)
-        high = ranges.stored_end(low, high, config.min_threshold, xp)
-        if config.quantization_method is QuantizationMethod.UNIFORM:
-            bits = config.activation_n_bits
-            high = ranges.widened_end(low, high, bits, config.min_threshold, xp)
+        high = ranges.stored_end(low, high, config.activation_n_bits, floor, xp)
+        if floor and config.quantization_method is QuantizationMethod.UNIFORM:
+            high = ranges.widened_end(low, high, floor, xp)
         return low, high
 
     def _threshold(self, low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
@@ -254,7 +255,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         self._require_variables("range")
         if not ranges.was_seen(self._array("min_range"), self._array("max_range"), np):
             return None
-        low, high = self._range(self._array, np)
+        low, high = self._present_range()
         return low.item(), high.item()
 
     @property
@@ -286,8 +287,9 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
                 the layer is not built.
         """
         self._require_variables("set_range")
+        bits = self.quantization_config.activation_n_bits
         least, most = _check_ends("set_range", low, high)
-        for role, end in zip(_ENDS, ranges.to_store(least, most, np), strict=True):
+        for role, end in zip(_ENDS, ranges.to_store(least, most, bits, np), strict=True):
             self.quantizer_parameters[role].assign(end)
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
@@ -310,7 +312,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             )
         config = self.quantization_config
         bits = config.activation_n_bits
-        low, high = self._range(self._array, np)
+        low, high = self._present_range()
         if config.quantization_method is QuantizationMethod.UNIFORM:
             return ActivationUniformInferableQuantizer(bits, low.item(), high.item())
         threshold, signed = self._threshold(low, high, np)
@@ -328,6 +330,10 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
 
     def _read(self, role: str) -> Tensor:
         return read(self.quantizer_parameters[role])
+
+    def _present_range(self) -> tuple[np.ndarray, np.ndarray]:
+        """The range in use, in numpy."""
+        return self._range(lambda role: ranges.normal(self._array(role), np), np)
 
     def _array(self, role: str) -> np.ndarray:
         return to_numpy(self.quantizer_parameters[role])

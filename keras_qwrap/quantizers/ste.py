@@ -217,6 +217,8 @@ class STEWeightQATQuantizer(_STEWeights):
         self, weight: Tensor, channels: Channels, arguments: dict
     ) -> BaseKerasInferableQuantizer:
         threshold = to_numpy(self._threshold(weight, channels))
+        if not self.quantization_config.min_threshold:
+            threshold = ranges.one_for_zeros(threshold, weight, channels.reduced)
         bits = self.quantization_config.weights_n_bits
         return self._class()(bits, channels.gather(threshold), **arguments, narrow=True)
 
@@ -287,9 +289,12 @@ class STEUniformWeightQATQuantizer(_STEWeights):
     def _own_range_quantizer(
         self, weight: Tensor, channels: Channels, arguments: dict
     ) -> BaseKerasInferableQuantizer:
-        low, high = (channels.gather(to_numpy(end)) for end in self._range(weight, channels))
+        low, high = map(to_numpy, self._range(weight, channels))
+        if not self.quantization_config.min_threshold:
+            high = ranges.one_for_zeros(high, weight, channels.reduced)
         bits = self.quantization_config.weights_n_bits
-        return WeightsUniformInferableQuantizer(bits, low, high, **arguments)
+        ends = channels.gather(low), channels.gather(high)
+        return WeightsUniformInferableQuantizer(bits, *ends, **arguments)
 
 
 def _given_range(quantizer: Any, params: dict) -> tuple[Any, Any]:
