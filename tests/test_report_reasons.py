@@ -433,7 +433,8 @@ def test_a_rule_that_asks_for_what_is_never_quantized_warns_once_and_is_reported
     recipe = Recipe.from_preset("w8a8", rules=[rule])
     with pytest.warns(UserWarning, match=text) as caught:
         quantized = quantize_model(in_vain(), recipe)
-    assert [str(warning.message).count(str(rule)) for warning in caught] == [1]
+    ours = [warning for warning in caught if warning.category is UserWarning]
+    assert [str(warning.message).count(str(rule)) for warning in ours] == [1]
     plain = quantize_model(in_vain(), "w8a8")
     for each in (quantized, qi.convert_to_inferable(quantize_model(in_vain(), "w8"))):
         report = quantization_report(each, recipe)
@@ -510,7 +511,7 @@ def test_rules_in_vain_of_models_without_a_graph():
     recipe = Recipe.from_preset("w8a8", rules=rules)
     with pytest.warns(UserWarning, match="has no effect on") as caught:
         quantized = quantize_model(model, recipe)
-    texts = [str(warning.message) for warning in caught]
+    texts = [str(warning.message) for warning in caught if warning.category is UserWarning]
     assert [text.startswith(str(rule)) for text, rule in zip(texts, rules, strict=True)] == [1, 1]
     report = quantization_report(quantized, recipe)
     assert any(note.startswith(f"{rules[0]} has no effect on weights") for note in report.notes)
