@@ -98,21 +98,20 @@ def serialize_layer(layer: keras.Layer) -> dict[str, Any]:
 
 
 def deserialize_layer(config: Any, custom_objects: Mapping[str, Any] | None = None) -> Any:
-    """The layer that `serialize_layer` described."""
+    """The layer that `serialize_layer` described; what is no layer is for the caller to refuse."""
     attributes: dict = {}
     if isinstance(config, dict) and "attributes" in config:
         config = dict(config)
         attributes = config.pop("attributes")
-    cls = None
-    if attributes:
-        name = config["registered_name"]
-        cls = keras.saving.get_registered_object(name, custom_objects=custom_objects)
-    if cls is None:
-        layer = keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
-    else:
+    name = config["registered_name"] if attributes else None
+    cls = keras.saving.get_registered_object(name, custom_objects=custom_objects)
+    if isinstance(cls, type) and issubclass(cls, keras.Layer):
         with keras.saving.custom_object_scope(custom_objects or {}):
             layer = _made(cls, config["config"])
-    _restore(layer, attributes)
+    else:
+        layer = keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
+    if isinstance(layer, keras.Layer):
+        _restore(layer, attributes)
     return layer
 
 

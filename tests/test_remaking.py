@@ -251,6 +251,23 @@ def test_a_file_holds_a_layer_that_has_nothing_to_quantize(tmp_path):
     assert plain.layers[0].factor == 3.0
 
 
+CALLED = []
+
+
+def append(x):
+    CALLED.append(x)
+
+
+def test_a_config_calls_no_function():
+    """Functions are among custom objects too, and no layers can be made by them."""
+    config = qi.quantize_model(sequential(Block(4)), "w8").layers[0].get_config()
+    config["layer"] |= {"class_name": "append", "registered_name": "append", "config": {"x": 1}}
+    with keras.saving.custom_object_scope({"append": append}):
+        wrapper = qi.KerasQuantizationWrapper
+        refused(TypeError, lambda: wrapper.from_config(config), "a Keras layer")
+    assert CALLED == []
+
+
 class Words(keras.Model):
     """Its vocabulary is no weight, and part of a config of Keras' making."""
 
