@@ -10,7 +10,7 @@ from keras_qwrap import calibration
 def batch(values, weight=1.0):
     values = np.sort(np.asarray(values, "float32"))
     size = round(len(values) * weight)
-    return calibration._Batch(values[[0, -1]], size, values, np.full(len(values), weight))
+    return calibration._Batch(values[[0, -1]], False, size, values, np.full(len(values), weight))
 
 
 def seen_of(batches):
