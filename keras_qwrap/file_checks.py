@@ -258,24 +258,32 @@ def _parsed(path: str, text: str | bytes) -> Any:
 
 def _check_arrays(path: str, file: h5py.File) -> int:
     """The bytes that all arrays take; each must be in the file, once."""
-    # Nothing is done in the callback: h5py loses what is raised there.
-    links: list[tuple[str, Any]] = []
-    file.visititems_links(lambda name, link: links.append((name, link)))
     size = stored = 0
     seen = {h5py.h5o.get_info(file.id).addr}
-    for name, link in links:
-        if not isinstance(link, h5py.HardLink):
+    root = h5py.h5g.open(file.id, b"/")
+    waiting = [("", root, iter(root))]
+    while waiting:
+        outer, group, links = waiting[-1]
+        link = next(links, None)
+        if link is None:
+            waiting.pop()
+            continue
+        name = f"{outer}{link.decode(errors='replace')}"
+        if group.links.get_info(link).type != h5py.h5l.TYPE_HARD:
             raise _hostile(path, f"a link '{name}'", "groups and arrays")
-        part = file[name]
-        place = h5py.h5o.get_info(part.id).addr
+        part = h5py.h5o.open(group, link)
+        place = h5py.h5o.get_info(part).addr
         if place in seen:
             raise _hostile(path, f"a second link '{name}'", "one to each group and array")
         seen.add(place)
-        if isinstance(part, h5py.Dataset):
-            if part.is_virtual or part.external:
+        if isinstance(part, h5py.h5g.GroupID):
+            waiting.append((f"{name}/", part, iter(part)))
+        elif isinstance(part, h5py.h5d.DatasetID):
+            layout = part.get_create_plist()
+            if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
                 raise _hostile(path, f"'{name}' in other files", "arrays in this one")
-            size += part.nbytes
-            stored += part.id.get_storage_size()
+            size += prod(part.shape or ()) * part.dtype.itemsize
+            stored += part.get_storage_size()
     check_size(path, "arrays", size, stored)
     return stored
 

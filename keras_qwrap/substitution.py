@@ -279,6 +279,24 @@ def described_model(
         return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode)
 
 
+@contextmanager
+def _skipped_attributes_kept(model: keras.Model) -> Iterator[None]:
+    """Let Keras find out once, not for each layer, which attributes hold no state.
+
+    It keeps what it found, but under another name than that by which it looks for it.
+    """
+    kinds = {layer._obj_type() for layer in sublayers(model)}
+    names = {f"saving_attr_skiplist_{kind}": kind for kind in kinds}
+    before = {name: global_state.get_global_attribute(name) for name in names}
+    for name, kind in names.items():
+        global_state.set_global_attribute(name, saving_lib.get_attr_skipset(kind))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+
+
 def load_state(model: keras.Model, arrays: IO[bytes], archive: ZipFile) -> None:
     """Give a model the state in a `.keras` archive, of which `arrays` is the HDF5 file."""
     failed: set[int] = set()
@@ -288,15 +306,16 @@ def load_state(model: keras.Model, arrays: IO[bytes], archive: ZipFile) -> None:
     try:
         if any(name.startswith("assets/") for name in archive.namelist()):
             assets = saving_lib.DiskIOStore("assets", archive=archive, mode="r")
-        saving_lib._load_state(
-            model,
-            weights_store=weights,
-            assets_store=assets,
-            inner_path="",
-            visited_saveables=set(),
-            failed_saveables=failed,
-            error_msgs=errors,
-        )
+        with _skipped_attributes_kept(model):
+            saving_lib._load_state(
+                model,
+                weights_store=weights,
+                assets_store=assets,
+                inner_path="",
+                visited_saveables=set(),
+                failed_saveables=failed,
+                error_msgs=errors,
+            )
     finally:
         weights.close()
         if assets is not None:

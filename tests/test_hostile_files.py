@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from layer_cases import floats, weight
+from layer_cases import Composite, floats, weight
 from reference import refused, to_numpy
 
 import keras_qwrap as qi
@@ -194,14 +194,117 @@ def test_layers_of_users_are_not_taken_for_hostile(tmp_path):
     np.testing.assert_array_equal(to_numpy(loaded(floats(2, 3))), to_numpy(model(floats(2, 3))))
 
 
-def test_checks_draw_no_random_numbers(tmp_path):
-    path = saved(tmp_path, layers.Dropout(0.5))
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_loading_draws_what_keras_draws_and_sets_nothing_back(ending, tmp_path, monkeypatch):
+    path = saved(tmp_path, layers.Dropout(0.5), ending=ending)
     states = []
     for loader in (load, keras.models.load_model):
         random.seed(0)
         loader(path)
         states.append(random.getstate())
     assert states[0] == states[1]
+    monkeypatch.setattr(random, "setstate", None)
+    monkeypatch.setattr(random, "seed", None)
+    load(path)
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+class Assigned(layers.Layer):
+    """Assigns, reads and traces its variables while it is built, and saves none of them."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(3,), initializer="zeros", name="scale")
+        self.scale.assign([2.0, 3.0, 4.0])
+        self.twice = self.add_weight(shape=(3,), initializer="random_normal", name="twice")
+        self.twice.assign(2 * self.scale)
+        self.inner = Composite()
+        self.inner(keras.KerasTensor((1, 3)))
+        kernel = self.inner.first.kernel
+        np.testing.assert_array_equal(to_numpy(kernel), to_numpy(kernel))
+        self.inner.first.bias.assign(to_numpy(self.inner.first.bias) + 1)
+        self.scale.assign_add(self.inner.first.bias[:3])
+
+    def call(self, inputs):
+        return inputs * self.scale + self.twice
+
+    def save_own_variables(self, store):
+        pass
+
+    def load_own_variables(self, store):
+        pass
+
+
+def test_layers_are_built_as_ever_while_variables_are_counted(tmp_path):
+    path = saved(tmp_path, Assigned())
+    expected = keras.models.load_model(path)
+    loaded = load(path)
+    for a, b in zip(loaded.variables, expected.variables, strict=True):
+        np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
+    inputs = floats(2, 3)
+    np.testing.assert_array_equal(to_numpy(loaded(inputs)), to_numpy(expected(inputs)))
+
+
+def test_a_model_is_built_once_and_its_file_read_once(tmp_path, monkeypatch):
+    built, opened = [], []
+    monkeypatch.setattr(Built, "seen", built)
+    path = saved(tmp_path, Built())
+    built.clear()
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *a, **k: opened.append(a[0]) or real(*a, **k))
+    load(path)
+    assert built == ["built"]
+    assert opened.count(str(path)) == 1
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+class Built(layers.Layer):
+    """Notes that it is built."""
+
+    seen = None
+
+    def build(self, shape):
+        self.seen.append("built")
+
+    def call(self, inputs):
+        return inputs
+
+
+@keras.saving.register_keras_serializable("test_hostile")
+class Coded(layers.Layer):
+    """Holds whatever function it is given."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, inputs):
+        return self.function(inputs)
+
+    def get_config(self):
+        function = keras.saving.serialize_keras_object(self.function)
+        return super().get_config() | {"function": function}
+
+    @classmethod
+    def from_config(cls, config):
+        function = keras.saving.deserialize_keras_object(config.pop("function"))
+        return cls(function, **config)
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_code_of_ones_own_is_run_where_one_says_so(ending, tmp_path):
+    parts = [layers.Lambda(lambda x: x + 1, output_shape=(3,), name="own")]
+    parts += [Coded(lambda x: x * 2)] if ending == ".keras" else []
+    path = saved(tmp_path, *parts, ending=ending)
+    expected = keras.models.load_model(path, safe_mode=False)
+    inputs = floats(2, 3)
+    loaded = load(path, safe_mode=False)
+    np.testing.assert_array_equal(to_numpy(loaded(inputs)), to_numpy(expected(inputs)))
+    for call in (lambda: load(path), lambda: load(path, safe_mode=True)):
+        refused(ValueError, call, str(path), "code in the file", "safe_mode=False")
+    refused(TypeError, lambda: load(path, safe_mode="no"), "safe_mode", "'no'")
+    huge = with_config(path, '"units": 2', '"units": 60000000')
+    refused(ValueError, lambda: load(huge, safe_mode=False), "units=60000000", "hostile")
 
 
 @keras.saving.register_keras_serializable("test_hostile")

@@ -331,6 +331,20 @@ def test_wrong_arguments_are_refused(tmp_path):
     refused(
         ValueError, lambda: qi.save_quantized_model(model(), str(tmp_path / "a.zip")), ".zip", ".h5"
     )
+    for name in ("a.weights.h5", "a.weights.hdf5", "a.WEIGHTS.h5", "a.Weights.H5", ".weights.h5"):
+        path = str(tmp_path / name)
+        refused(
+            ValueError,
+            lambda path=path: qi.save_quantized_model(model(), path),
+            path,
+            "`model.save_weights(path)`",
+            "the ending .keras or .h5",
+        )
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "some.weights.h5").mkdir()
+    for name in ("some.weights.h5/model.h5", "weights.h5", "my_weights.hdf5", "a.weights.keras"):
+        qi.save_quantized_model(model(), str(tmp_path / name))
+        assert qi.keras_load_quantized_model(str(tmp_path / name)).name == "model"
     (tmp_path / "folder.keras").mkdir()
     for name in ("none/model.keras", "folder.keras"):
         path = str(tmp_path / name)
