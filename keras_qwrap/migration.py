@@ -33,6 +33,7 @@ _QUANTIZERS = {
     for name, value in vars(inferable).items()
     if isinstance(value, type) and issubclass(value, BaseKerasInferableQuantizer)
 }
+_METADATA = "MetadataLayer"
 _MODELS = ("Functional", "Sequential", "Model")
 _RENAMED = {"depthwise_kernel": "kernel"}
 _DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
@@ -97,8 +98,9 @@ def migrate_mct_file(source: str | os.PathLike, destination: str | os.PathLike) 
 
 def _migrated(contents: Contents) -> keras.Model:
     """The model of a file, with its weights and not yet converted."""
-    _check_parts(contents.path, contents.config)
-    config = _translated(contents.config)
+    config = _without_metadata(contents.config)
+    _check_parts(contents.path, config)
+    config = _translated(config)
     translated = replace(contents, text=json.dumps(config), legacy=True)
     model = build_model(translated, Allowance(contents))
     with h5py.File(io.BytesIO(contents.arrays), "r") as file:
@@ -124,6 +126,21 @@ def _check_all_given(source: str, model: keras.Model, given: set[int]) -> None:
             f"arrays for {', '.join(sorted(missing))}",
             "The file is damaged, or these layers are others in Keras 3.",
         )
+
+
+def _without_metadata(node: Any) -> Any:
+    """A config without the layers that only hold MCT's metadata, and stand in no graph."""
+    if isinstance(node, dict):
+        return {key: _without_metadata(part) for key, part in node.items()}
+    if isinstance(node, list):
+        return [_without_metadata(part) for part in node if not _is_metadata(part)]
+    return node
+
+
+def _is_metadata(node: Any) -> bool:
+    if not isinstance(node, dict) or node.get("inbound_nodes"):
+        return False
+    return str(node.get("class_name")).rpartition(">")[2] == _METADATA
 
 
 def _check_parts(source: str, config: Any) -> None:

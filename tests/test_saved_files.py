@@ -162,6 +162,36 @@ def with_config(path, change):
     return path
 
 
+METADATA = {
+    "class_name": "Custom>MetadataLayer",
+    "config": {"name": "metadata_layer", "trainable": True, "metadata": {"author": "me"}},
+    "name": "metadata_layer",
+    "inbound_nodes": [],
+}
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_metadata_of_mct_is_left_out(ending, tmp_path):
+    """`add_metadata` of mct_quantizers makes an attribute of it, which stands in no graph."""
+    path = tmp_path / f"mct.{ending}"
+    if ending == "keras":
+        with_config(path, lambda layers: layers.append(METADATA))
+    else:
+        path.write_bytes((MCT / "conv.h5").read_bytes())
+        with h5py.File(path, "a") as file:
+            config = json.loads(file.attrs["model_config"])
+            config["config"]["layers"].append(METADATA)
+            file.attrs["model_config"] = json.dumps(config)
+    models = []
+    for source in (path, MCT / f"conv.{ending}"):
+        qi.migrate_mct_file(source, tmp_path / "migrated.keras")
+        models.append(qi.keras_load_quantized_model(tmp_path / "migrated.keras"))
+    assert models[0].get_config() == models[1].get_config()
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_what_cannot_be_migrated_is_named(tmp_path):
     path, target = tmp_path / "model.keras", tmp_path / "new.keras"
 
