@@ -4,8 +4,9 @@ Run `python -m benchmarks.files`; it writes `files.json` and `files.md` beside t
 those of a converted model at 8, 4, 3 and 2 bits and of the float one, against a limit: the packed
 codes, float32 for all that is not quantized, 8 KiB for each wrapped layer, and 3 %. With them are
 the sizes of `mct.json`, where `benchmarks.mct` has written it. Loads run interleaved, in random
-order, in one process; a ratio is the median over all blocks. `inspect_file` reads 100 MB of codes;
-`--inspect` measures that alone.
+order, in one process; a ratio is the median over all blocks: of large files, where reading counts,
+and of a model of 50 small layers, where building does (`--small` measures these loads alone).
+`inspect_file` reads 100 MB of codes; `--inspect` measures that alone.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from benchmarks.stored import BITS, ENDINGS, stored_models
 from benchmarks.timing import compare
 
 SAVERS = {"model.save": keras.Model.save, "save_quantized_model": qi.save_quantized_model}
+"""Into `.h5` files the first writes floats, and is left out."""
 
 
 def limits(converted: keras.Model) -> tuple[int, float, float]:
@@ -59,6 +61,8 @@ def sizes(model: keras.Model, folder: str) -> list[dict]:
             converted = qi.convert_to_inferable(qi.quantize_model(model, f"w{bits}", verbose=0))
             quantized, most, with_scales = limits(converted)
             for saver, save in SAVERS.items():
+                if ending == ".h5" and saver == "model.save":
+                    continue
                 save(converted, path)
                 size = os.path.getsize(path)
                 row = {
@@ -108,6 +112,26 @@ def loads(model: keras.Model, folder: str, instances: int, blocks: int) -> dict:
     return compare(makers, instances, blocks)
 
 
+def loads_of_small_layers(folder: str, instances: int, blocks: int) -> dict:
+    """Milliseconds to load 50 small Dense layers: in float, converted, and by either function."""
+    dense = [layers.Dense(32, activation="relu") for _ in range(50)]
+    model = keras.Sequential([keras.Input((32,)), *dense], name="small_layers")
+    data = np.random.default_rng(0).normal(size=(32, 32)).astype("float32")
+    path = os.path.join(folder, "float.keras")
+    model.save(path)
+    plain, checked = keras.models.load_model, qi.keras_load_quantized_model
+    sides = {"load_model, float": partial(plain, path)}
+    sides["load_model, float again"] = sides["load_model, float"]
+    for preset in ("w8", "w8a8"):
+        path = os.path.join(folder, f"{preset}.keras")
+        quantized = qi.quantize_model(model, preset, data if "a" in preset else None, verbose=0)
+        qi.save_quantized_model(qi.convert_to_inferable(quantized), path)
+        sides[f"load_model, {preset}"] = partial(plain, path)
+        sides[f"keras_load_quantized_model, {preset}"] = partial(checked, path)
+    makers = {name: partial(lambda load: load, load) for name, load in sides.items()}
+    return compare(makers, instances, blocks)
+
+
 def inspections(folder: str) -> list[dict]:
     """Seconds that `inspect_file` takes for files of 100 MB, imports aside."""
     wide = [layers.Dense(4096, use_bias=False) for _ in range(6)]
@@ -142,13 +166,20 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=3, help="rounds of loading")
     parser.add_argument("--blocks", type=int, default=10, help="timed blocks in each round")
     parser.add_argument("--inspect", action="store_true", help="only measure inspect_file")
+    parser.add_argument("--small", action="store_true", help="only loads of small layers")
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.inspect:
+            small = loads_of_small_layers(folder, options.instances, options.blocks)
+            print(small, flush=True)
+    if options.small:
+        return
     with tempfile.TemporaryDirectory() as folder:
         inspected = inspections(folder)
     if options.inspect:
         return
-    rows, times = [], {}
+    rows, times = [], {"small_layers": small}
     for model in stored_models(keras):
         with tempfile.TemporaryDirectory() as folder:
             rows += sizes(model, folder)
