@@ -322,6 +322,7 @@ def weights_in_vain(planned: Planned) -> dict[int, str]:
 
 
 def _listed(places: list[Place]) -> str:
+    """The first of the layers, with the verb for what they lack."""
     names = [f"'{place.path}'" for place in places[:4]]
     rest = [f"{len(places) - 4} more"] if places[4:] else []
     return f"{', '.join(names + rest)} {'have' if places[1:] else 'has'}"
@@ -340,7 +341,7 @@ def _warn_of_rules_in_vain(planned: Planned, quantized: set[int]) -> None:
         if asks and not any(id(place.layer) in quantized for place in places):
             text = f"{text}, and" if text else str(rule)
             text += (
-                f" has no effect on activations: {_listed(places)} no quantizer behind it; the "
+                f" has no effect on activations: {_listed(places)} no quantizer of outputs; the "
                 "activations are quantized behind other layers, keep the grid that they have, or "
                 "are no floats"
             )
@@ -440,8 +441,9 @@ class _GraphQuantizer(Copier):
         outputs = [] if _gathers(layer, decision) else self._outputs.get(id(layer), [])
         weights = _weights_quantizers(layer, self._decisions)
         quantized = weights or (outputs and decision.activations)
-        # Plain Keras saves layers that it cannot load; a wrapper can.
-        if (loads_by_itself(layer) and not quantized) or not _is_supported(layer):
+        # A wrapper loads what Keras saves of a layer, and cannot load.
+        needed = quantized or not loads_by_itself(layer)
+        if not needed or not _is_supported(layer):
             return copy
         activations = []
         if decision.activations:

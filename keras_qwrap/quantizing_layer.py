@@ -26,7 +26,8 @@ Observer = Callable[[Quantizer, Tensor], Tensor | None]
 FORMAT_VERSION = 2
 """Version of the wrapper's and the holder's config; files of a newer one are refused.
 
-Version 1 lacks arguments of the moving averages, which have the default there."""
+Version 1 lacks arguments of the moving averages, which have the default there.
+"""
 
 _KERAS_2_ORDER = ("name", "shape", "dtype", "initializer", "regularizer", "trainable", "constraint")
 _KERAS_3_ORDER = ("shape", "initializer", "dtype")

@@ -18,7 +18,7 @@ from keras_qwrap.quantize import (
     weights_in_vain,
 )
 from keras_qwrap.quantizers.config import QuantizationTarget
-from keras_qwrap.quantizing_layer import QuantizingLayer, quantizers_in
+from keras_qwrap.quantizing_layer import QuantizingLayer
 from keras_qwrap.recipes import Recipe
 from keras_qwrap.report_reasons import (
     WHOLE_NUMBERS,
@@ -132,15 +132,12 @@ class _Walk:
         inner: keras.Layer = getattr(layer, "layer", layer)
         converted: bool = getattr(layer, "converted", False)
         weights, activations, disabled = [], [], {}
-        own = [
-            (role, quantizer) for owner, role, quantizer in quantizers_in(layer) if owner is layer
-        ]
         outputs = self._outputs.get(id(layer))
         quantized = {}
         if isinstance(layer, KerasQuantizationWrapper) and layer.built and not converted:
             with asking(path, *layer.weights_quantizers):
                 quantized = layer.get_quantized_weights()
-        for role, quantizer in own:
+        for role, quantizer in layer.own_quantizers().items():
             with asking(path, role):
                 if quantizer.quantization_target is QuantizationTarget.Activation:
                     if quantizer.pass_whole_numbers and quantizer.passes_input:

@@ -122,17 +122,18 @@ class QuantizedModel(keras.Model):
                 copy, weights_quantizers, converted=converted, trainable=trainable
             )
         self._holders_of: dict[str, int] = {}
-        self.holders = []
+        self.holders: list[KerasActivationQuantizationHolder] = []
         for path, quantizers in sorted(_by_path(activation_quantizers).items()):
             self._holders_of[path] = len(quantizers)
             for i, quantizer in enumerate(quantizers):
                 name = f"{path.replace('/', '_')}_output_{i}"
+                attribute = f"holders_{len(self.holders)}"
                 flag = trainable and getattr(follow(copy, path), "trainable", True)
                 holder = KerasActivationQuantizationHolder(quantizer, name=name, trainable=flag)
                 self.holders.append(holder)
                 # TensorFlow's checkpoints see attributes, not what is in a list. Keras' own files
                 # name what they hold by the first attribute in alphabetical order: the list.
-                setattr(self, f"holders_{name}", holder)
+                setattr(self, attribute, holder)
         self._construction = Construction()
         self._taps: Taps | None = None
         if example is not None:

@@ -17,12 +17,11 @@ from keras_qwrap.sealing import is_archive
 _LIBRARY = "v108"
 _ARRAYS = "model.weights.h5"
 
-
 Makers = Mapping[str, Callable[[], np.ndarray]]
-NOTHING: Makers = {}
+"""What makes arrays, by their names."""
 
 
-def tighten(path: str, replaced: Makers = NOTHING) -> None:
+def tighten(path: str, replaced: Makers | None = None) -> None:
     """Write a `.keras` archive or HDF5 file anew, with the same members, arrays and attributes.
 
     Args:
@@ -49,11 +48,11 @@ def tighten(path: str, replaced: Makers = NOTHING) -> None:
     loose = f"{path}.loose"
     os.replace(path, loose)
     with open(loose, "rb") as file:
-        packed = is_archive(file.read(4))
-    if packed:
+        archive = is_archive(file.read(4))
+    if archive:
         _tighten_archive(loose, path)
     else:
-        _tighten_hdf5(loose, path, replaced)
+        _tighten_hdf5(loose, path, replaced or {})
     os.remove(loose)
 
 
@@ -63,7 +62,7 @@ def _tighten_archive(loose: str, path: str) -> None:
             content = source.read(member)
             if member.filename == _ARRAYS:
                 arrays = io.BytesIO()
-                _tighten_hdf5(io.BytesIO(content), arrays, NOTHING)
+                _tighten_hdf5(io.BytesIO(content), arrays, {})
                 content = arrays.getvalue()
             target.writestr(member, content)
 

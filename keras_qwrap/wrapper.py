@@ -334,7 +334,11 @@ class KerasQuantizationWrapper(QuantizingLayer):
         return weight if self.converted else self._quantize(quantizer, weight, False)
 
     def converted_weights(self) -> dict[str, np.ndarray]:
-        """What conversion leaves of each quantized weight, by path, in the variables' dtypes.
+        """What conversion leaves of each quantized weight, by path.
+
+        Raises:
+            TypeError, ValueError: the layer is not built, a weight is not finite or too large for
+                a grid, or a converted one is no longer on its grid.
 
         Warns:
             UserWarning: a weight will not be what the layer computes with now.

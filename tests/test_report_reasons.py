@@ -421,8 +421,8 @@ VAIN = [
         {"name": "norm", "weights": W4, "activations": A4},
         r"on weights: 'norm' .*, and has no effect on activations: 'norm' has no quantizer",
     ),
-    ({"name": "conv", "activations": A4}, "on activations: 'conv' has no quantizer behind it"),
-    ({"name": "flat", "activations": A4}, "on activations: 'flat' has no quantizer behind it"),
+    ({"name": "conv", "activations": A4}, "on activations: 'conv' has no quantizer of outputs"),
+    ({"name": "flat", "activations": A4}, "on activations: 'flat' has no quantizer of outputs"),
     ({"name": "flat", "weights": W4, "activations": A4}, "on activations: 'flat' has no quant"),
 ]
 

@@ -335,6 +335,39 @@ def test_a_checkpoint_restores_ranges_that_other_data_gave(maker, tmp_path):
 
 
 @pytest.mark.tensorflow
+def test_a_checkpoint_tells_alike_paths_apart(tmp_path):
+    """Without the signs between their parts, `first/layer` and `first_layer` are the same."""
+
+    class Alike(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.layers.TimeDistributed(keras.layers.Dense(3))
+            self.first_layer = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.first_layer(self.first(inputs))
+
+    def quantized(data):
+        model, quantizers = Alike(), {}
+        model(data)
+        for path in ("first/layer", "first_layer"):
+            config = qi.TrainableQuantizerActivationConfig(M.UNIFORM, 8)
+            quantizers[path] = qi.MovingAverageActivationQATQuantizer(config)
+        new = qi.QuantizedModel(model, {}, quantizers)
+        qi.calibrate(new, data, verbose=0)
+        return new
+
+    def ranges(model):
+        return [holder.activation_holder_quantizer.range for holder in model.holders]
+
+    data = X[:, 0]
+    model, other = quantized(data), quantized(data * 0.1)
+    assert all(a != b for a, b in zip(ranges(model), ranges(other), strict=True))
+    checkpoint(model, other, tmp_path)
+    assert ranges(other) == ranges(model)
+
+
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("name", [*ALL, *STATEFUL])
 def test_saved_model_serves_the_same_outputs(name, models, tmp_path):
     import tensorflow as tf

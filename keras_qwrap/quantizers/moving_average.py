@@ -298,7 +298,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         Raises:
             ValueError: there is no range yet, or it passes whole numbers.
         """
-        if self.passes_input and self.quantizer_parameters:
+        if self.whole_numbers:
             raise ValueError(
                 f"{type(self).__name__}.convert2inferable: received a quantizer that passes whole "
                 "numbers, expected one that quantizes: it has no inferable twin. Convert its "
