@@ -190,6 +190,13 @@ def test_what_needs_variables_or_a_range():
     refused(ValueError, quantizer.convert2inferable, "not calibrated", "set_range")
     refused(ValueError, holder.convert_to_inferable_quantizers, "not calibrated")
     refused(TypeError, lambda: quantizer(np.int32([1])), "float")
+    config = quantizer.quantization_config
+    quantizer = MovingAverageActivationQATQuantizer(config, pass_whole_numbers=True)
+    hold(quantizer)
+    quantizer.set_range(0, 9)
+    assert quantizer.convert2inferable().num_bits == 8
+    quantizer.set_whole_numbers(True)
+    refused(ValueError, quantizer.convert2inferable, "passes whole numbers", "wrapper or holder")
 
 
 def test_a_disabled_one_passes_everything():

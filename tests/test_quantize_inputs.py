@@ -211,6 +211,7 @@ def test_whole_numbers_for_a_layer_of_ones_own_pass_once_calibrated(ending, rand
         refused(ValueError, quantizer.convert2inferable, "whole numbers", "holder")
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 def test_whole_numbers_pass_in_every_mode(random):
     ids = random.integers(0, WORDS, (64, 6)).astype("float32")

@@ -318,6 +318,7 @@ def test_all_state_is_brought_to_a_model_with_other_state(name, bring, models, t
     same_outputs(model, fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("maker", ["recipe", "without graph"])
 def test_a_checkpoint_restores_ranges_that_other_data_gave(maker, tmp_path):

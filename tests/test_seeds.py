@@ -142,19 +142,26 @@ LAYERS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
-def test_trainable_quantizers_of_the_document(name, tmp_path):
-    """One epoch of training, conversion, both file formats: no bit changes."""
+def quantized(name):
+    """A model of one wrapped layer, and inputs."""
     make, weights, output_rank, shape = LAYERS[name]
     keras.utils.set_random_seed(0)
     wrapper = qi.KerasQuantizationWrapper(
         make(),
         {path: weights_quantizer(rank, 0.5) for path, rank in weights.items()},
         activation_quantizer(output_rank, 1.0),
+        name="wrapped",
     )
-    model = keras.Sequential([keras.Input(shape), wrapper])
     x = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
+    return keras.Sequential([keras.Input(shape), wrapper]), x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_trainable_quantizers_of_the_document(name, tmp_path):
+    """One epoch of training, conversion, both file formats: no bit changes."""
+    model, x = quantized(name)
+    wrapper, weights = model.layers[0], LAYERS[name][1]
     y = np.random.default_rng(1).normal(size=(32, *model.output_shape[1:])).astype("float32")
     before = [ops.convert_to_numpy(v.value).copy() for v in model.trainable_variables]
     model.compile("adam", "mse")
@@ -194,16 +201,8 @@ def on_another_grid(inputs, new_param):
 def test_trainable_quantizers_that_compute_on_another_grid(name, tmp_path, monkeypatch):
     """They convert with a warning; the converted model has the weights of the named quantizer."""
     monkeypatch.setitem(globals(), "custom_quantize", on_another_grid)
-    make, weights, output_rank, shape = LAYERS[name]
-    keras.utils.set_random_seed(0)
-    wrapper = qi.KerasQuantizationWrapper(
-        make(),
-        {path: weights_quantizer(rank, 0.5) for path, rank in weights.items()},
-        activation_quantizer(output_rank, 1.0),
-        name="wrapped",
-    )
-    model = keras.Sequential([keras.Input(shape), wrapper])
-    x = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
+    model, x = quantized(name)
+    wrapper, weights = model.layers[0], LAYERS[name][1]
     model.compile("adam", "mse")
     model.fit(x, np.zeros((32, *model.output_shape[1:])), batch_size=8, verbose=0)
     with pytest.warns(UserWarning, match="differ from those of training") as caught:
