@@ -71,7 +71,7 @@ def calibrate(
         method: `"mse"` (the default), `"minmax"`, `"moving_average"`, `"percentile"` or
             `"entropy"`; or a mapping from a wrapper's or holder's name to one of them, for all
             of that name, the default for others.
-        batch_size: rows of each batch, for arrays.
+        batch_size: rows of each batch, for arrays; a model with a fixed batch takes its own.
         steps: the most batches to take; needed for data without end.
         verbose: progress bar: `"auto"`, 0 or 1.
 
@@ -276,8 +276,9 @@ class _Observer(keras.Model):
         ends, outermost = _outermost(x, outer)
         index = ops.arange(number, dtype="int32")
         width = size // number
-        jitter = ops.take(self.random, ops.mod(index + before, len(self.random)))
-        place = index * width + index * (size % number) // number + ops.mod(jitter, width)
+        random = ops.convert_to_tensor(self.random, "int32")
+        jitter = ops.take(random, (index + ops.cast(before, "int32")) % len(self.random))
+        place = index * width + index * (size % number) // number + jitter % width
         counts = [ops.cast(count, "int32") for count in (size, outer, 2 * outer + number)]
         values = ops.concatenate([outermost, ops.take(x, place)])
         return ends, ops.stack(counts), values
