@@ -70,7 +70,7 @@ def calibrate(
         method: None for each quantizer's own `range_method`, which a recipe gave it; or for all
             `"mse"`, `"minmax"`, `"moving_average"`, `"percentile"` or `"entropy"`; or a mapping
             from a wrapper's or holder's name to one of them, for all of that name.
-        batch_size: rows of each batch, for arrays.
+        batch_size: rows of each batch, for arrays; a model with a fixed batch takes its own.
         steps: the most batches to take; needed for data without end.
         verbose: progress bar: `"auto"`, 0 or 1.
 
@@ -275,8 +275,9 @@ class _Observer(keras.Model):
         ends, outermost = _outermost(x, outer)
         index = ops.arange(number, dtype="int32")
         width = size // number
-        jitter = ops.take(self.random, ops.mod(index + before, len(self.random)))
-        place = index * width + index * (size % number) // number + ops.mod(jitter, width)
+        random = ops.convert_to_tensor(self.random, "int32")
+        jitter = ops.take(random, (index + ops.cast(before, "int32")) % len(self.random))
+        place = index * width + index * (size % number) // number + jitter % width
         counts = [ops.cast(count, "int32") for count in (size, outer, 2 * outer + number)]
         values = ops.concatenate([outermost, ops.take(x, place)])
         return ends, ops.stack(counts), values

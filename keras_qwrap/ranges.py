@@ -46,7 +46,8 @@ def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
     The bits of non-negative floats order as integers do, and integer maxima run at several times
     the speed of float ones in graphs and under XLA.
     """
-    bits = ops.bitwise_and(ops.view(weight, dtype="int32"), 0x7FFFFFFF)
+    mask = ops.convert_to_tensor(0x7FFFFFFF, "int32")
+    bits = ops.bitwise_and(ops.view(weight, dtype="int32"), mask)
     return ops.view(ops.max(bits, axis=axes, keepdims=True), dtype="float32")
 
 

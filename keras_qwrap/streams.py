@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.errors import bad_type, bad_value
+from keras_qwrap.errors import bad_type, bad_value, warn
 from keras_qwrap.subclassed import QuantizedModel
 
 _KINDS = "an array or several, a dataset, a generator or another iterable of batches"
@@ -23,7 +23,9 @@ def batches(
 ) -> Iterator[Any]:
     """The inputs in `data`, one batch at a time, in the structure that `model` takes.
 
-    Targets and sample weights are dropped. No batch is held while the next one is made.
+    Targets and sample weights are dropped. No batch is held while the next one is made. Arrays
+    for a model whose inputs have a fixed batch are cut into batches of that size; a last batch
+    that is smaller than it is left out, with a warning, in data of any kind.
 
     Args:
         model: a built model.
@@ -36,12 +38,12 @@ def batches(
             - a `keras.utils.PyDataset`;
             - an iterable of batches, each one of the first three, such as a `tf.data.Dataset`, a
               PyTorch `DataLoader`, a generator or a list.
-        batch_size: rows of each batch, for whole arrays.
+        batch_size: rows of each batch, for whole arrays and a model without a fixed batch.
         steps: the most batches to take; needed for data without end.
 
     Raises:
         TypeError, ValueError: the model's call needs several arguments; `data` is of no such
-            kind, or without end, or yields nothing; a batch has another number of inputs or
+            kind, or without end, or yields no whole batch; a batch has another number of inputs or
             shape than the model (a `QuantizedModel` takes all sizes that it can be called with),
             values that are no numbers where the model takes numbers, NaN or infinity.
 
@@ -60,7 +62,7 @@ def batches(
     _check_counts(batch_size, steps)
     _check_call(model)
     expected = _expected_inputs(model)
-    raw = _raw_batches(data, expected, batch_size)
+    raw = _raw_batches(data, expected, _fixed_rows(expected) or batch_size)
     if steps is None and _is_endless(data):
         raise bad_value("steps", None, "a number of batches", "The data has no end of its own.")
     return _checked(islice(raw, steps), _Check(model, expected))
@@ -72,9 +74,11 @@ def number_of_batches(
     """How many batches there will be, at most; None where only running through them can tell."""
     _check_counts(batch_size, steps)
     known: Any = None
-    whole = _whole_inputs(data, _expected_inputs(model))
+    expected = _expected_inputs(model)
+    whole = _whole_inputs(data, expected)
+    fixed = _fixed_rows(expected)
     if whole is not None:
-        known = -(-_rows(whole) // batch_size)
+        known = _rows(whole) // fixed if fixed else -(-_rows(whole) // batch_size)
     elif isinstance(data, keras.utils.PyDataset):
         known = data.num_batches
     elif hasattr(data, "cardinality"):
@@ -119,8 +123,37 @@ def _expected_inputs(model: keras.Model) -> Any:
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
     if isinstance(model, QuantizedModel):
-        return model.example_inputs()
+        return _as_fixed_as_needed(model, model.example_inputs())
     return model.input if hasattr(model, "operations") else None
+
+
+def _fixed_rows(expected: Any) -> int | None:
+    """The rows of every batch of a model that takes no other number; None for other models."""
+    tensors = [] if expected is None else keras.tree.flatten(expected)
+    return next((tensor.shape[0] for tensor in tensors if tensor.shape[0] is not None), None)
+
+
+def _as_fixed_as_needed(model: QuantizedModel, example: Any) -> Any:
+    """An example of inputs; its batch is open unless the model takes only that of the example."""
+
+    def resized(rows: int | None) -> Any:
+        return keras.tree.map_structure(
+            lambda t: keras.KerasTensor((rows, *t.shape[1:]), t.dtype, name=t.name), example
+        )
+
+    rows = _fixed_rows(example)
+    if rows is None or _failure(model, resized(rows + 1)) is None:
+        return resized(None)
+    return resized(rows if _failure(model, resized(rows)) is None else None)
+
+
+def _failure(model: keras.Model, inputs: Any) -> Exception | None:
+    """What goes wrong where a model is called with these inputs, symbolic ones; None for nothing."""
+    try:
+        model.compute_output_spec(inputs)
+    except Exception as error:
+        return error
+    return None
 
 
 def _is_array(value: Any) -> bool:
@@ -210,26 +243,42 @@ def _slices(whole: Any, batch_size: int) -> Iterator[Any]:
 
 
 def _checked(raw: Iterator[Any], check: "_Check") -> Iterator[Any]:
-    """Batches as numpy arrays; `map` holds none of them while the next one is made."""
-    yield from map(check, raw)
+    """Batches as numpy arrays; none of them is held while the next one is made."""
+    yield from filter(_is_given, map(check, raw))
+    if check.short is not None and check.index == 0:
+        raise check.short
+    if check.short is not None:
+        warn(f"A last batch that is too small is left out. {check.short}")
     if check.index == 0:
         raise bad_value(
             "data", "no batch", "at least one", "A generator gives its batches only once."
         )
 
 
+def _is_given(inputs: Any) -> bool:
+    return inputs is not None
+
+
 class _Check:
-    """Turns each batch into numpy arrays in the model's structure, or refuses it."""
+    """Turns each batch into numpy arrays in the model's structure, or refuses it.
+
+    For a batch that is smaller than a fixed one there is None and `short`, the error that it is
+    unless it is the last one.
+    """
 
     def __init__(self, model: keras.Model, expected: Any) -> None:
         self.expected = expected
         self.index = 0
+        self.short: ValueError | None = None
+        self._failure: Exception | None = None
         self._model = model
         self._taken: set[tuple] = set()
         self._ranks: list[int] | None = None
 
     def __call__(self, inputs: Any) -> Any:
         where = f"batch {self.index}"
+        if self.short is not None:
+            raise self.short
         if self.expected is not None:
             inputs = _matched(inputs, self.expected, where)
         tensors = keras.tree.flatten(self.expected)
@@ -247,15 +296,20 @@ class _Check:
                 for array, tensor in zip(flat, keras.tree.flatten(self.expected), strict=True)
                 if not _fits(array, tensor)
             ]
-            if wrong:
+            if wrong and not self._is_taken(arrays):
                 shape, tensor = wrong[0]
-                refusal = bad_value(
+                short = all(_is_short(*each) for each in wrong)
+                fix = "Batch the data, and give it the shape that the model was built for."
+                error = bad_value(
                     where,
                     f"shape {shape} for input '{tensor.name}'",
                     f"shape {tuple(tensor.shape)}",
-                    "Batch the data, and give it the shape that the model was built for.",
+                    "The model takes whole batches alone: give as many rows." if short else fix,
                 )
-                self._check_taken(arrays, refusal)
+                if not short:
+                    raise error from self._failure
+                self.short = error
+                return None
         ranks = [array.ndim for array in flat]
         if self._ranks not in (None, ranks):
             raise bad_value(
@@ -265,12 +319,12 @@ class _Check:
         self.index += 1
         return arrays
 
-    def _check_taken(self, arrays: Any, refusal: ValueError) -> None:
-        """Refuse sizes that the model was not built with, unless it has no graph and takes them."""
+    def _is_taken(self, arrays: Any) -> bool:
+        """Whether a model without graph takes other sizes than those it was built with."""
         flat, tensors = keras.tree.flatten(arrays), keras.tree.flatten(self.expected)
         same_ranks = [array.ndim for array in flat] == [len(tensor.shape) for tensor in tensors]
         if not same_ranks or not isinstance(self._model, QuantizedModel):
-            raise refusal
+            return False
         shapes = tuple(array.shape for array in flat)
         if shapes not in self._taken:
             specs = keras.tree.map_structure(
@@ -278,11 +332,11 @@ class _Check:
                 arrays,
                 self.expected,
             )
-            try:
-                self._model.compute_output_spec(specs)
-            except Exception as error:
-                raise refusal from error
+            self._failure = _failure(self._model, specs)
+            if self._failure is not None:
+                return False
             self._taken.add(shapes)
+        return True
 
 
 def _matched(inputs: Any, expected: Any, where: str) -> Any:
@@ -340,6 +394,14 @@ def _array(value: Any, where: str, dtype: str) -> np.ndarray:
                 "Remove or replace them (`numpy.nan_to_num`).",
             )
     return array
+
+
+def _is_short(shape: tuple, tensor: keras.KerasTensor) -> bool:
+    """Whether all that is wrong with a shape are rows that are missing."""
+    rows, *sizes = tensor.shape
+    if rows is None or len(shape) != len(tensor.shape) or shape[0] >= rows:
+        return False
+    return all(wanted in (None, given) for wanted, given in zip(sizes, shape[1:], strict=True))
 
 
 def _fits(array: np.ndarray, tensor: keras.KerasTensor) -> bool:

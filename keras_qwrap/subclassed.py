@@ -294,7 +294,7 @@ class QuantizedModel(keras.Model):
     def example_inputs(self) -> Any:
         """Symbolic tensors in the structure of the call's first argument; None if not known.
 
-        Their first axis is None; the other sizes are those that the model was built with.
+        Their sizes are those that the model was built with.
         """
         args, kwargs = self._construction.example or ((), {})
         name = next(iter(inspect.signature(self.call).parameters))
@@ -304,7 +304,7 @@ class QuantizedModel(keras.Model):
             return None
         names = iter([name] if len(tensors) == 1 else [f"{name}_{i}" for i in range(len(tensors))])
         return keras.tree.map_structure(
-            lambda t: keras.KerasTensor((None, *t.shape[1:]), t.dtype, name=next(names)), first
+            lambda t: keras.KerasTensor(t.shape, t.dtype, name=next(names)), first
         )
 
     def _require_built(self, what: str) -> None:

@@ -534,3 +534,39 @@ def test_calls_of_a_shared_layer_count_by_their_size(random):
     together = np.concatenate([x.ravel(), y.ravel()]).astype("float32")
     wanted = find_range(together, 0, together.max(), "mse", 4, UNIFORM)
     np.testing.assert_allclose(found, wanted, rtol=0.05)
+
+
+@pytest.fixture(params=["float16", "bfloat16", "float64"])
+def other_float(request):
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(request.param)
+    yield request.param
+    keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(policy)
+
+
+def test_any_float_type_of_keras(other_float):
+    """Of whole numbers, which all of them hold, the ranges are those in float32."""
+    x = np.arange(60).reshape(20, 3) % 13 - 6
+    for method in METHODS:
+        assert calibrate(just_holder(), x, method, 8, verbose=0) == {"only": (-6, 6)}
+    found = calibrate(just_holder(shape=(300,)), np.tile(x, 100), "mse", 8, verbose=0)
+    assert found == {"only": (-6, 6)}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_models_of_any_float_type_are_quantized(other_float, corrected):
+    """Where layers compute in it; here JAX says that it computes float64 in float32."""
+    if keras.backend.backend() == "jax" and other_float == "float64":
+        pytest.skip("JAX has no float64 unless asked for it.")
+    keras.config.set_dtype_policy(other_float)
+    ones = {"kernel_initializer": "ones", "bias_initializer": "ones"}
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(4, activation="relu", **ones), layers.Dense(2, **ones)]
+    )
+    x = (np.eye(3) * [1, 2, 3])[[0, 1, 2, 1, 0, 2, 0]]
+    recipe = qi.Recipe.from_preset("w8a8", bias_correction=corrected)
+    quantized = qi.quantize_model(model, recipe, x, 4, verbose=0)
+    wanted = 4 * x.sum(axis=1, keepdims=True) + [5, 5]
+    found = to_numpy(ops.cast(quantized(x), "float32"))
+    np.testing.assert_allclose(found, wanted, rtol=0.02)

@@ -117,7 +117,6 @@ def test_conversion_names_the_activations_without_range():
     ("arguments", "message"),
     [
         ({"example": ((), {})}, "Only a subclassed model needs an example"),
-        ({"recipe": "w8", "calibration_data": rows()}, "Drop calibration_data"),
         ({"calibration_data": rows(), "batch_size": 0}, "batch_size"),
         ({"calibration_data": rows(), "steps": -1}, "steps"),
     ],
@@ -141,3 +140,28 @@ def test_a_converted_composite_stays_frozen_when_it_is_reloaded(tmp_path):
     assert converted.trainable_weights == []
     converted.save(tmp_path / "model.keras")
     assert keras.models.load_model(tmp_path / "model.keras").trainable_weights == []
+
+
+class Unread:
+    """Data that must not be looked at."""
+
+    def __iter__(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("recipe", ["w8", "w4"])
+def test_data_that_a_recipe_has_no_use_for_is_not_read(recipe):
+    """Whether it fits or not."""
+    for data in (rows(), rows()[:, :1], iter([]), Unread(), "no data", 5):
+        quantized = qi.quantize_model(nested(), recipe, data)
+        assert qi.quantization_report(quantized, recipe) is not None
+    model = Chain()
+    model(rows())
+    qi.quantize_model(model, "w8", Unread())
+
+
+def test_data_where_all_ranges_are_known_is_not_read():
+    model = keras.Sequential([keras.Input((3,), name="in"), layers.Dense(2, activation="softmax")])
+    recipe = Recipe.from_preset("w8a8", rules=[Rule(name="in", activations="float")])
+    quantized = qi.quantize_model(model, recipe, Unread())
+    assert len(quantized.layers[0].activation_quantizers) == 1

@@ -378,3 +378,89 @@ def test_strings_where_the_model_takes_them():
         check(batches(model, {"n": X, "w": given}), [[given, X]])
     refused(TypeError, lambda: list(batches(model, [text, X.astype(str)])), "str", "numbers")
     refused(TypeError, lambda: list(batches(model, [X[:, :1], X])), "float32", "strings")
+
+
+def fixed(rows=4):
+    return keras.Sequential([keras.Input(batch_shape=(rows, 3), name="x"), layers.Dense(2)])
+
+
+def fixed_in_one_input():
+    a, b = keras.Input((3,), name="a"), keras.Input(batch_shape=(4, 2), name="b")
+    return keras.Model([a, b], layers.Concatenate()([a, b]))
+
+
+@keras.saving.register_keras_serializable("test_streams")
+class InFours(keras.Model):
+    """Takes four rows only, or any number."""
+
+    def __init__(self, fours=True, **kwargs):
+        super().__init__(**kwargs)
+        self.fours, self.dense = fours, layers.Dense(2, name="dense")
+
+    def call(self, inputs):
+        shape = (4, 2) if self.fours else (-1, 2)
+        return keras.ops.reshape(self.dense(inputs), shape)
+
+    def get_config(self):
+        return super().get_config() | {"fours": self.fours}
+
+
+def subclassed(fours):
+    model = InFours(fours)
+    model(X[:4])
+    return qi.quantize_model(model, "w8a8")
+
+
+LEFT_OUT = "last batch that is too small is left out"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_a_fixed_batch_is_the_models_own(batch_size):
+    """Whatever is asked for; what is left at the end is left out."""
+    for model, data, batch in (
+        (fixed(), X, X[:4]),
+        (fixed_in_one_input(), [X, Z], [X[:4], Z[:4]]),
+        (subclassed(True), X, X[:4]),
+    ):
+        with pytest.warns(UserWarning, match=LEFT_OUT):
+            found = list(batches(model, data, batch_size))
+        assert len(found) == 2 == number_of_batches(model, data, batch_size)
+        check(found[:1], [batch])
+    check(batches(fixed(5), X, batch_size), [X[:5], X[5:]])
+    check(batches(fixed(1), X, batch_size), parts(X, 1))
+    check(batches(subclassed(False), X, 5), [X[:5], X[5:]])
+
+
+def test_a_small_last_batch_of_any_data_is_left_out():
+    for data in (Items(), iter(parts(X, 4)), parts(X, 4), zip(parts(X, 4), parts(Y, 4), strict=1)):
+        with pytest.warns(UserWarning, match=r"\(2, 3\).* expected shape \(4, 3\)"):
+            check(batches(fixed(), data), [X[:4], X[4:8]])
+    check(batches(fixed(), parts(X, 4), steps=2), [X[:4], X[4:8]])
+
+
+BAD_FOR_FIXED = {
+    "only": (lambda: X[:3], "batch 0"),
+    "only one": (lambda: iter([X[:3]]), "batch 0"),
+    "in the middle": (lambda: [X[:4], X[:3], X[:4]], "batch 1"),
+    "two": (lambda: [X[:4], X[:3], X[:3]], "batch 1"),
+    "larger": (lambda: [X[:4], X[:5]], "batch 1"),
+    "other": (lambda: [X[:4], Z[:2]], "batch 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FOR_FIXED)
+def test_what_a_fixed_batch_cannot_take_is_refused(kind):
+    make, where = BAD_FOR_FIXED[kind]
+    refused(ValueError, lambda: list(batches(fixed(), make(), 4)), where, "(4, 3)")
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_models_with_a_fixed_batch_are_quantized_and_calibrated(corrected):
+    recipe = qi.Recipe.from_preset("w8a8", bias_correction=corrected)
+    with pytest.warns(UserWarning, match=LEFT_OUT) as record:
+        quantized = qi.quantize_model(fixed(), recipe, X, verbose=0)
+    assert {warning.filename for warning in record} == {__file__}
+    found = qi.calibrate(quantized, X[:8], "minmax", verbose=0)
+    assert found["x_quantizer"] == (0, 23)
+    with pytest.warns(UserWarning, match=LEFT_OUT):
+        assert qi.calibrate(quantized, X, "minmax", verbose=0) == found

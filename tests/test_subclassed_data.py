@@ -122,7 +122,10 @@ def test_bad_data_is_refused(kind):
 
 
 def test_sizes_that_the_model_takes_are_taken():
-    """A model without graph does not tell which sizes are fixed; calling it does, once for each."""
+    """A model without graph does not tell which sizes are fixed; calling it does, once for each.
+
+    First of all with another number of rows: whether the batch is fixed.
+    """
     model = quantized(Mean(), np.ones((2, 4, 3), "float32"), "dense")
     assert calibrated(model, [np.full((2, length, 3), length, "float32") for length in (4, 6)]) == (
         0.0,
@@ -133,7 +136,7 @@ def test_sizes_that_the_model_takes_are_taken():
     model.compute_output_spec = lambda x: calls.append(x.shape) or spec(x)
     x = np.ones((4, 6, 3), "float32")
     assert len(list(batches(model, x, 2))) == 2
-    assert calls == [(2, 6, 3)]
+    assert calls == [(3, 4, 3), (2, 6, 3)]
     refused(ValueError, lambda: list(batches(model, x[..., :2])), "(4, 6, 2)", "(None, 4, 3)")
 
 
