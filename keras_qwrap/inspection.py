@@ -1,18 +1,23 @@
 """What a saved file holds, read without building anything from it."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import h5py
+import keras
 import numpy as np
 
 from keras_qwrap.compact import expand
 from keras_qwrap.errors import bad_value
 from keras_qwrap.file_checks import read_contents
 from keras_qwrap.packing import histogram, read_header
+from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
+from keras_qwrap.quantizing_layer import Quantizer, inferable_twin
+from keras_qwrap.report_rows import measure_activation
 
 _QUANTIZING = ("KerasQuantizationWrapper", "KerasActivationQuantizationHolder", "QuantizedModel")
 
@@ -25,7 +30,9 @@ class InspectedQuantizer:
         role: path of the weight, `output_0`, or for a `QuantizedModel` `layer: output_0`.
         class_name: the quantizer's.
         num_bits: width of the codes; None if the config does not say.
-        range: the least and the greatest of its thresholds or ends, or None.
+        range: as in the report: of a weight the least and the greatest threshold or end, of an
+            output `(-t, t)` or `(0, t)` for a threshold `t`. None if there is none yet, if the file
+            does not hold it, and for quantizers that are not of this package.
         shape: of the weight, if its codes are stored.
         codes: the codes that occur, with their counts, or None.
         bytes: of the stored codes, 0 if there are none.
@@ -113,8 +120,9 @@ def _cells(quantizer: InspectedQuantizer) -> tuple[str, ...]:
 def inspect_file(path: str | os.PathLike) -> InspectedFile:
     """What a `.keras` or `.h5` file holds: layers, quantizers, codes, sizes, versions, digest.
 
-    Only zipfile, json and h5py read it. Nothing is built, so that this works without the classes
-    that a model is made of, and for files that cannot be loaded.
+    No layer is built, so that this works without the classes that a model is made of, and for files
+    that cannot be loaded. Quantizers of this package are asked for their ranges, with the variables
+    that the file holds.
 
     Args:
         path: the file.
@@ -139,11 +147,12 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     print(layer.path, layer.quantizers[0].role, layer.quantizers[0].num_bits)  # dense kernel 4
     ```
     """
-    contents = read_contents(path, _arrays)
-    arrays, stored = contents.found
+    contents = read_contents(path)
     try:
         layers = list(_layers(contents.config, (), root=True))
-        found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
+        with h5py.File(io.BytesIO(contents.arrays), "r") as file:
+            arrays = _Arrays(file)
+            found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
     except RecursionError as error:
         raise bad_value(
             "path", contents.path, "a config of less depth", "The file is damaged or hostile."
@@ -153,35 +162,149 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
         len(contents.data),
         contents.keras_version,
         contents.digest,
-        stored,
+        arrays.stored,
         found,
     )
 
 
-Arrays = dict[tuple[tuple[str, ...], str], list[np.ndarray]]
-"""Stored codes by the names of the layers they are in, and the path of the weight."""
+Chain = tuple[str, ...]
+"""The names of the layers that something is in, outermost first."""
+
+_ENDS = ("threshold", "min_range", "max_range")
+_FIRST = ("kernel", "depthwise_kernel", "embeddings")
+_SECOND = ("recurrent_kernel", "pointwise_kernel")
+"""Kernels of Keras' own layers, in the order in which they are stored."""
 
 
-def _arrays(file: h5py.File) -> tuple[Arrays, int]:
-    """The stored codes, and the bytes of all arrays."""
-    found: Arrays = {}
-    stored = 0
-    names: list[str] = []
-    file.visit(names.append)
-    for name in names:
-        part = file[name]
-        if not isinstance(part, h5py.Dataset):
-            continue
-        stored += part.nbytes
-        if part.dtype == np.uint8 and part.ndim == 1:
-            array = part[()]
-            header = read_header(array)
-            if header is not None:
-                found.setdefault((_chain(file, name), header.path), []).append(array)
-    return found, stored
+class _Arrays:
+    """The arrays of a file, by the names of the layers that they are in.
+
+    Attributes:
+        stored: bytes of all arrays.
+    """
+
+    def __init__(self, file: h5py.File) -> None:
+        self.stored = 0
+        self._packed: dict[tuple[Chain, str], list[np.ndarray]] = {}
+        self._named: dict[Chain, dict[str, h5py.Dataset]] = {}
+        self._numbered = "model_weights" not in file
+        names: list[str] = []
+        file.visit(names.append)
+        for name in names:
+            part = file[name]
+            if isinstance(part, h5py.Dataset):
+                self.stored += part.nbytes
+                chain, leaf = _chain(file, name), name.rpartition("/")[2]
+                self._named.setdefault(chain, {})[leaf] = part
+                if part.dtype == np.uint8 and part.ndim == 1:
+                    array = part[()]
+                    header = read_header(array)
+                    if header is not None:
+                        self._packed.setdefault((chain, header.path), []).append(array)
+
+    def take(self, names: Chain, role: str) -> np.ndarray | None:
+        """The stored codes of a weight; each are given once."""
+        keys = [key for key in self._packed if key[1] == role and self._packed[key]]
+        exact = [key for key in keys if key[0][: len(names)] == names]
+        inside = [key for key in keys if key[0][:1] == names[:1] and names[-1] in key[0]]
+        found = exact or inside
+        return self._packed[found[0]].pop(0) if found else None
+
+    def variables(self, names: Chain) -> Iterator[tuple[str | None, np.ndarray]]:
+        """Those of a layer itself, in order, with their names if the file says them."""
+        own = self._named.get(self._of(names), {})
+        order = sorted(own, key=int) if self._numbered and all(map(str.isdecimal, own)) else own
+        return ((None if self._numbered else leaf, own[leaf][()]) for leaf in order)
+
+    def _of(self, names: Chain) -> Chain:
+        """The names by which a layer goes in the file."""
+        if self._numbered:
+            return names
+        # Legacy files have the outermost layer, and then what is around each variable.
+        found = [
+            c for c in self._named if len(c) > 1 and c[:1] == names[:1] and c[-1:] == names[-1:]
+        ]
+        inner = [c for c in found if c[-2] == names[-2]] if len(names) > 1 else []
+        return min(inner or found, key=len, default=())
+
+    def weight(self, names: Chain, role: str, of_keras: bool) -> np.ndarray | None:
+        """The floats of a weight inside a layer; None if several arrays can be they."""
+        *outer, leaf = role.split("/")
+        groups = {
+            chain: sorted(key for key, part in parts.items() if self._may_be(leaf, key, part))
+            for chain, parts in self._named.items()
+            if self._is_inside(chain, names, bool(outer))
+        }
+        groups = {chain: keys for chain, keys in groups.items() if keys}
+        # `cell` is called `lstm_cell`, `output_dense` `attention_output`.
+        named = [c for c in groups if outer and c[-1].split("_")[-1] == outer[-1].split("_")[0]]
+        chains = named or list(groups)
+        keys = groups[chains[0]] if len(chains) == 1 else []
+        if len(keys) == 2 and of_keras and leaf in (*_FIRST, *_SECOND):
+            keys = keys[:1] if leaf in _FIRST else keys[1:]
+        return self._named[chains[0]][keys[0]][()] if len(keys) == 1 else None
+
+    def _may_be(self, leaf: str, key: str, part: h5py.Dataset) -> bool:
+        """Whether an array may be the kernel of that name."""
+        return part.ndim > 1 and part.dtype.kind == "f" and (self._numbered or key == leaf)
+
+    def _is_inside(self, chain: Chain, names: Chain, deep: bool) -> bool:
+        """Whether arrays are in the layer that a wrapper is around, or `deep` inside of it."""
+        if self._numbered:
+            more = len(chain) - len(names)
+            return chain[: len(names)] == names and (more > 0 if deep else more == 1)
+        return chain[:1] == names[:1] and set(names[-2:]) <= set(chain)
 
 
-def _chain(file: h5py.File, name: str) -> tuple[str, ...]:
+class _Stored:
+    """Stands for a layer in which quantizers create variables: they get those of the file."""
+
+    def __init__(self, variables: Iterator[tuple[str | None, np.ndarray]]) -> None:
+        self._variables = list(variables)
+        self._prefix, self._weight, self._lacks_weight = "", cast(Any, None), False
+
+    def add_weight(self, name: str, shape: tuple, **_: Any) -> np.ndarray:
+        """The next one, or that of this name."""
+        wanted = f"{self._prefix}_{name}"
+        places = [i for i, (key, _) in enumerate(self._variables) if key in (None, wanted)]
+        if not places or self._variables[places[0]][1].shape != tuple(shape):
+            raise LookupError(wanted)
+        return self._variables.pop(places[0])[1]
+
+    def latent_weight(self, name: str) -> np.ndarray:
+        """The floats of the weight, where they were found."""
+        self._lacks_weight = self._weight is None
+        return self._weight
+
+    def range_of(
+        self, quantizer: Quantizer | None, name: str, shape: tuple, floats: np.ndarray | None
+    ) -> tuple[float, float] | None:
+        """The range of the next quantizer, as in the report; None where it is not known."""
+        self._prefix, self._weight, self._lacks_weight = name, floats, False
+        if quantizer is None:
+            self._forget_numbers()
+            return None
+        try:
+            if quantizer.enabled:
+                quantizer.initialize_quantization(shape, name, self)
+        except (LookupError, TypeError, ValueError):
+            self._forget_numbers()
+        if self._lacks_weight:
+            return None
+        try:
+            if quantizer.quantization_target is QuantizationTarget.Activation:
+                return measure_activation(name, quantizer).range
+            config = inferable_twin(quantizer).get_config()
+            return _ends([config[key] for key in _ENDS if key in config])
+        except (AttributeError, LookupError, TypeError, ValueError):
+            return None
+
+    def _forget_numbers(self) -> None:
+        """By number it is not known which variables follow those of an unknown quantizer."""
+        self._variables = [pair for pair in self._variables if pair[0] is not None]
+
+
+def _chain(file: h5py.File, name: str) -> Chain:
     """Names of the layers that an array is in, outermost first."""
     parts = name.split("/")
     if parts[0] == "model_weights":
@@ -191,9 +314,7 @@ def _chain(file: h5py.File, name: str) -> tuple[str, ...]:
     return tuple(str(name) for name in chain if name)
 
 
-def _layers(
-    node: Any, chain: tuple[str, ...], root: bool = False
-) -> Iterator[tuple[tuple[str, ...], str, dict]]:
+def _layers(node: Any, chain: Chain, root: bool = False) -> Iterator[tuple[Chain, str, dict]]:
     """Names around it, class name and config of each quantizing layer in a config."""
     if isinstance(node, list):
         for part in node:
@@ -210,26 +331,33 @@ def _layers(
         yield from _layers(part, chain)
 
 
-def _inspected(
-    chain: tuple[str, ...], class_name: str, config: dict, arrays: Arrays
-) -> InspectedLayer:
-    inner = config.get("layer", config.get("model"))
+def _inspected(chain: Chain, class_name: str, config: dict, arrays: _Arrays) -> InspectedLayer:
+    inner = _dict(config.get("layer", config.get("model")))
+    of_keras = str(inner.get("module")).split(".")[0] == "keras"
     names = (*chain, str(config.get("name")))
-    weights = config.get("weights_quantizers")
+    weights = [
+        (role, node, arrays.take(names, role), arrays.weight(names, role, of_keras))
+        for role, node in sorted(_dict(config.get("weights_quantizers")).items())
+    ]
+    outputs = list(
+        _outputs(config.get("activation_quantizers", config.get("activation_holder_quantizer")))
+    )
+    stored = _Stored(arrays.variables(names))
     quantizers = [
-        _quantizer(role, node, _take(arrays, names, role))
-        for role, node in (weights.items() if isinstance(weights, dict) else ())
+        _quantizer(role, node, stored, packed, floats) for role, node, packed, floats in weights
     ]
-    quantizers += [
-        _quantizer(role, node, None)
-        for role, node in _outputs(
-            config.get("activation_quantizers", config.get("activation_holder_quantizer"))
-        )
-    ]
+    order = list(_dict(config.get("weights_quantizers")))
+    quantizers.sort(key=lambda quantizer: order.index(quantizer.role))
+    for role, node in outputs:
+        if class_name == _QUANTIZING[-1]:
+            # It has a holder for each output.
+            holder = role.replace(": ", "_").replace("/", "_")
+            stored = _Stored(arrays.variables((*chain, holder)))
+        quantizers.append(_quantizer(role, node, stored))
     return InspectedLayer(
         "/".join(names),
         class_name,
-        inner.get("class_name") if isinstance(inner, dict) else None,
+        inner.get("class_name"),
         bool(config.get("converted", False)),
         config.get("format_version"),
         tuple(quantizers),
@@ -246,28 +374,48 @@ def _outputs(node: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"output_{i}", each) for i, each in enumerate(nodes))
 
 
-def _take(arrays: Arrays, names: tuple[str, ...], role: str) -> np.ndarray | None:
-    """The stored codes of a weight; each are given once."""
-    keys = [key for key in arrays if key[1] == role and arrays[key]]
-    exact = [key for key in keys if key[0][: len(names)] == names]
-    inside = [key for key in keys if key[0][:1] == names[:1] and names[-1] in key[0]]
-    found = exact or inside
-    return arrays[found[0]].pop(0) if found else None
-
-
-def _quantizer(role: str, node: Any, packed: np.ndarray | None) -> InspectedQuantizer:
+def _quantizer(
+    role: str,
+    node: Any,
+    stored: _Stored,
+    packed: np.ndarray | None = None,
+    floats: np.ndarray | None = None,
+) -> InspectedQuantizer:
     config = _expanded(_dict(_dict(node).get("config")))
     # A trainable quantizer's config has another one inside.
     inner = _dict(config.get("quantization_config", config))
     inner = _dict(inner.get("config", inner))
     bits = next((inner[key] for key in inner if key.endswith(("num_bits", "n_bits"))), None)
-    ends = [inner[key] for key in ("threshold", "min_range", "max_range") if key in inner]
-    stored: dict[str, Any] = {}
-    if packed is not None:
-        header = read_header(packed)
-        if header is not None:
-            stored = {"shape": header.shape, "codes": histogram(packed), "bytes": packed.size}
-    return InspectedQuantizer(role, str(_dict(node).get("class_name")), bits, _ends(ends), **stored)
+    found: dict[str, Any] = {}
+    header = None if packed is None else read_header(packed)
+    if packed is not None and header is not None:
+        found = {"shape": header.shape, "codes": histogram(packed), "bytes": packed.size}
+    # Of a weight that is not found the rank is unknown; most ranges do not depend on it.
+    shape = found.get("shape", (1,) * 8 if floats is None else floats.shape)
+    name = role.rpartition(": ")[2].replace("/", "_")
+    ends = stored.range_of(_made(node, config), name, shape, floats)
+    return InspectedQuantizer(role, str(_dict(node).get("class_name")), bits, ends, **found)
+
+
+def _made(node: Any, config: dict) -> Quantizer | None:
+    """The quantizer that a config describes, if all classes in it are of this package."""
+    waiting, names = [node], set()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (dict, list)):
+            waiting += part.values() if isinstance(part, dict) else part
+        if isinstance(part, dict) and "class_name" in part:
+            names.add(str(part.get("registered_name")))
+    classes = {name: keras.saving.get_registered_object(name) for name in names}
+    own = all(
+        isinstance(cls, type) and cls.__module__.split(".")[0] == PACKAGE
+        for cls in classes.values()
+    )
+    try:
+        made = classes[str(node["registered_name"])].from_config(config) if own else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return made if hasattr(made, "quantization_target") else None
 
 
 def _dict(node: Any) -> dict:

@@ -13,6 +13,8 @@ import pytest
 from keras import layers
 from layer_cases import Composite, activation, floats, weight
 from reference import refused
+from saved_models import converted as converted_with_all
+from saved_models import trained
 
 import keras_qwrap as qi
 from keras_qwrap import cli
@@ -145,6 +147,154 @@ def test_a_subclassed_model(tmp_path):
         "part/blocks/1/kernel": (5, (3, 2)),
         "part/first: output_0": (8, None),
     }
+
+
+def in_report(model):
+    """Bits and range of each quantizer that the report has a row for."""
+    found = {}
+    for layer in qi.quantization_report(model).layers:
+        for row in layer.weights:
+            found[layer.path, row.path] = row.num_bits, row.range
+        for row in layer.activations:
+            found[layer.path, row.name] = row.num_bits, row.range
+    return found
+
+
+def in_file(model, path):
+    qi.save_quantized_model(model, path)
+    return {
+        (layer.path, each.role): (each.num_bits, each.range)
+        for layer in qi.inspect_file(path).layers
+        for each in layer.quantizers
+    }
+
+
+def softmax():
+    """Its outputs cannot leave 0..1; convolutions, an embedding, and per-channel weights."""
+    inputs = keras.Input((6, 6, 2))
+    x = layers.ReLU()(layers.SeparableConv2D(3, 3)(layers.Conv2D(2, 1)(inputs)))
+    x = layers.Dense(3, activation="softmax")(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(inputs, x)
+
+
+def attention():
+    inputs = keras.Input((4,), dtype="int32")
+    x = layers.Embedding(9, 4)(inputs)
+    x = layers.MultiHeadAttention(2, 3)(x, x)
+    x = layers.Bidirectional(layers.GRU(2, return_sequences=True))(layers.Add()([x, x]))
+    return keras.Model(inputs, layers.TimeDistributed(layers.Dense(2))(x))
+
+
+RECIPES = {
+    "w8a8": "w8a8",
+    "symmetric": qi.Recipe(
+        qi.WeightsSpec(4, method="uniform"), qi.ActivationSpec(8, method="symmetric")
+    ),
+    "power of two": qi.Recipe(
+        qi.WeightsSpec(3, method="power_of_two", per_channel=False),
+        qi.ActivationSpec(8, method="power_of_two"),
+    ),
+}
+MODELS_OF = {
+    "softmax": (softmax, floats(8, 6, 6, 2)),
+    "nested": (nested, floats(8, 4, 5)),
+    "attention": (attention, np.arange(32, dtype="int32").reshape(8, 4) % 9),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", MODELS_OF)
+def test_ranges_are_those_of_the_report(name, recipe, ending, tmp_path):
+    make, data = MODELS_OF[name]
+    quantized = qi.quantize_model(make(), RECIPES[recipe], data, verbose=0)
+    path = str(tmp_path / f"model{ending}")
+    stored = in_file(quantized, path)
+    outputs = {key: row for key, row in stored.items() if key[1].removeprefix("output_").isdigit()}
+    assert outputs
+    assert [key for key, row in outputs.items() if row[1] is None] == []
+    converted = qi.convert_to_inferable(quantized)
+    for model in (quantized, converted):
+        expected, got = in_report(model), in_file(model, path)
+        unknown = [key for key in got if got[key][1] is None]
+        assert {key: row for key, row in got.items() if key not in unknown} == {
+            key: row for key, row in expected.items() if key not in unknown
+        }
+        # Generated names say no more of inner kernels in files of trained models than these.
+        allowed = {"forward_layer", "backward_layer"} if model is quantized else set()
+        assert {role.split("/")[0] for _, role in unknown} <= allowed
+    if name == "softmax":
+        ends = {found[1] for (path, _), found in got.items() if path.startswith("dense")}
+        assert (0.0, 1.0) in ends
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("make", [trained, converted_with_all], ids=lambda make: make.__name__)
+def test_ranges_of_every_quantizer_are_those_of_the_report(make, ending, tmp_path):
+    model, _ = make()
+    path = str(tmp_path / f"model{ending}")
+    for each in (model, qi.convert_to_inferable(model)):
+        got = in_file(each, path)
+        assert got == in_report(each)
+        assert all(found[1] is not None for found in got.values())
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_is_not_calibrated_has_no_range(ending, tmp_path):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="dense")])
+    quantized = qi.quantize_model(model, "w4a8")
+    path = str(tmp_path / f"model{ending}")
+    got = in_file(quantized, path)
+    assert got == in_report(quantized)
+    assert got["dense", "output_0"] == (8, None)
+    assert got["dense", "kernel"][1] is not None
+    rows = [line.split() for line in str(qi.inspect_file(path)).splitlines()[-3:]]
+    assert sum("-" in row for row in rows) == 2
+
+
+def test_ranges_of_a_subclassed_model(tmp_path):
+    net = Net(name="net")
+    net(floats(2, 3))
+    quantized = qi.quantize_model(net, "w4a8", floats(8, 3), verbose=0)
+    for model in (quantized, qi.convert_to_inferable(quantized)):
+        got = in_file(model, str(tmp_path / "model.keras"))
+        expected = [row for (_, role), row in in_report(model).items() if "output" in role]
+        assert sorted(r for (_, role), r in got.items() if "output" in role) == sorted(expected)
+
+
+@keras.saving.register_keras_serializable("test_inspection")
+@qi.mark_quantizer(qi.QuantizationTarget.Activation, [qi.QuantizationMethod.SYMMETRIC])
+class Own(qi.BaseKerasInferableQuantizer):
+    """Of a user, with a variable of its own."""
+
+    num_bits, scale, zero_point = 8, np.float32(1), np.int32(0)
+
+    def initialize_quantization(self, tensor_shape, name, layer):
+        layer.add_weight("limit", shape=(), initializer="ones", trainable=False)
+        return {}
+
+    def __call__(self, inputs):
+        return inputs
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_quantizers_of_others_are_not_asked(ending, tmp_path):
+    """Nor are the variables that follow theirs taken for others."""
+    config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM)
+    moving = qi.MovingAverageActivationQATQuantizer(config)
+    lstm = layers.LSTM(2, return_state=True)
+    wrapper = Wrapper(lstm, {"cell/kernel": weight(4)}, [activation(4.0), Own(), moving])
+    inputs = keras.Input((4, 3))
+    model = keras.Model(inputs, wrapper(inputs))
+    moving.set_range(-1.0, 2.0)
+    got = in_file(model, str(tmp_path / f"model{ending}"))
+    ranges = {role: found[1] for (_, role), found in got.items()}
+    assert ranges["output_0"] == (-4.0, 4.0)
+    assert ranges["output_1"] is None
+    assert ranges["output_2"] == ((-1.0, 2.0) if ending == ".h5" else None)
 
 
 SCRIPT = """
