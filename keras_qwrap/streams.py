@@ -148,7 +148,7 @@ def _as_fixed_as_needed(model: QuantizedModel, example: Any) -> Any:
 
 
 def _failure(model: keras.Model, inputs: Any) -> Exception | None:
-    """What goes wrong where a model is called with these inputs, symbolic ones; None for nothing."""
+    """What goes wrong where a model is called with these symbolic inputs; None for nothing."""
     try:
         model.compute_output_spec(inputs)
     except Exception as error:
