@@ -124,7 +124,7 @@ def loads_of_small_layers(folder: str, instances: int, blocks: int) -> dict:
     sides["load_model, float again"] = sides["load_model, float"]
     for preset in ("w8", "w8a8"):
         path = os.path.join(folder, f"{preset}.keras")
-        quantized = qi.quantize_model(model, preset, data if "a" in preset else None, verbose=0)
+        quantized = qi.quantize_model(model, preset, data, verbose=0)
         qi.save_quantized_model(qi.convert_to_inferable(quantized), path)
         sides[f"load_model, {preset}"] = partial(plain, path)
         sides[f"keras_load_quantized_model, {preset}"] = partial(checked, path)
