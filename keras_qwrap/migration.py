@@ -34,6 +34,7 @@ _QUANTIZERS = {
     if isinstance(value, type) and issubclass(value, BaseKerasInferableQuantizer)
 }
 _MODELS = ("Functional", "Sequential", "Model")
+_METADATA = "Custom>MetadataLayer"
 _RENAMED = {"depthwise_kernel": "kernel"}
 _DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D")
 _UNUSED = (
@@ -56,9 +57,10 @@ def migrate_mct_file(source: str | os.PathLike, destination: str | os.PathLike) 
     """Save the model of an MCT file as a converted model of this package.
 
     The file holds a Keras 2 model with mct_quantizers' wrappers, holders and inferable quantizers,
-    as MCT exports it. Layers keep their names, weights and quantizers. The weights are quantized by
-    the same grids: a value in the middle between two codes may get the other one, and outputs
-    differ by the last bits of float32.
+    as MCT exports it. Layers keep their names, weights and quantizers; what MCT notes of a model in
+    a layer of its own, which computes nothing, is left out. The weights are quantized by the same
+    grids: a value in the middle between two codes may get the other one, and outputs differ by the
+    last bits of float32.
 
     Args:
         source: a `.keras` or `.h5` file that mct_quantizers 1.5 to 1.7 wrote.
@@ -139,9 +141,8 @@ def _check_parts(source: str, config: Any) -> None:
         name, inside = names[id(node)], node["config"]
         if name == _WRAPPER and isinstance(inside, dict) and inside.get("weight_values"):
             wrong.add(f"{inside.get('name')} (a quantized constant)")
-        if _is_layer(node) and not (
-            name in (_WRAPPER, _HOLDER, *_MODELS) or hasattr(keras.layers, name)
-        ):
+        known = name in (_WRAPPER, _HOLDER, *_MODELS) or hasattr(keras.layers, name)
+        if _is_layer(node) and not (known or _is_metadata(node)):
             wrong.add(f"{inside.get('name')} (a {name})")
         wrong |= {
             f"{inside.get('name')} ({key}={value})"
@@ -164,6 +165,13 @@ def _check_parts(source: str, config: Any) -> None:
         )
 
 
+def _is_metadata(node: Any) -> bool:
+    """Whether a config is of the layer in which MCT keeps a dictionary, and which nothing calls."""
+    if not isinstance(node, dict) or node.get("inbound_nodes"):
+        return False
+    return _METADATA in (node.get("class_name"), node.get("registered_name"))
+
+
 def _is_layer(node: dict) -> bool:
     return isinstance(node["config"], dict) and "name" in node["config"]
 
@@ -182,7 +190,7 @@ def _nodes(node: Any) -> Iterator[dict]:
 def _translated(node: Any) -> Any:
     """A config as Keras 3 and this package have it."""
     if isinstance(node, list):
-        return [_translated(part) for part in node]
+        return [_translated(part) for part in node if not _is_metadata(part)]
     if not isinstance(node, dict):
         return node
     node = {key: _translated(part) for key, part in node.items() if key != "build_config"}

@@ -151,8 +151,8 @@ def test_models_of_mct_give_the_same_outputs(name, ending, tmp_path):
     assert model.name == old["name"]
 
 
-def with_config(path, change):
-    with zipfile.ZipFile(MCT / "conv.keras") as archive:
+def with_config(path, change, of="conv.keras"):
+    with zipfile.ZipFile(MCT / of) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     config = json.loads(members["config.json"])
     change(config["config"]["layers"])
@@ -160,6 +160,40 @@ def with_config(path, change):
         for name, data in (members | {"config.json": json.dumps(config)}).items():
             archive.writestr(name, data)
     return path
+
+
+def with_metadata(layers, ending):
+    """MCT assigns the layer to an attribute of the model, so that it is in no node of the graph."""
+    named = {
+        ".keras": {"class_name": "MetadataLayer", "registered_name": "Custom>MetadataLayer"},
+        ".h5": {"class_name": "Custom>MetadataLayer"},
+    }[ending]
+    config = {"name": "metadata_layer", "trainable": True, "metadata": {"author": ["A"], "n": 3}}
+    called = {"inbound_nodes": []} if "inbound_nodes" in layers[-1] else {}
+    layers.append(named | {"config": config, "name": "metadata_layer"} | called)
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("name", ["conv.keras", "seq.keras", "conv.h5"])
+@pytest.mark.filterwarnings("ignore:Layer 'permute'.*mask")
+def test_the_layer_of_metadata_is_left_out(name, tmp_path):
+    source, plain, target = (tmp_path / f"{part}{Path(name).suffix}" for part in "abc")
+    if source.suffix == ".keras":
+        with_config(source, lambda layers: with_metadata(layers, ".keras"), of=name)
+    else:
+        source.write_bytes((MCT / name).read_bytes())
+        with h5py.File(source, "a") as file:
+            config = json.loads(file.attrs["model_config"])
+            with_metadata(config["config"]["layers"], ".h5")
+            file.attrs["model_config"] = json.dumps(config)
+            file["model_weights"].create_group("metadata_layer").attrs["weight_names"] = []
+    qi.migrate_mct_file(MCT / name, plain)
+    qi.migrate_mct_file(source, target)
+    models = [qi.keras_load_quantized_model(path) for path in (plain, target)]
+    first, second = ([(x.name, type(x)) for x in model.layers] for model in models)
+    assert first == second
+    for a, b in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_what_cannot_be_migrated_is_named(tmp_path):
@@ -179,6 +213,8 @@ def test_what_cannot_be_migrated_is_named(tmp_path):
     named("batch_normalization (a TFOpLambda)")
     rename("Add", "my_package>Mine")
     named("add (a Mine)")
+    rename("Add", "Custom>MetadataLayer")
+    named("add (a MetadataLayer)")
     leaky = place("LeakyReLU")
     with_config(path, lambda layers: leaky(layers)["config"].update(slopes=[3]))
     named("leaky_re_lu (slopes=[3])")
