@@ -57,9 +57,10 @@ def migrate_mct_file(source: str | os.PathLike, destination: str | os.PathLike) 
     """Save the model of an MCT file as a converted model of this package.
 
     The file holds a Keras 2 model with mct_quantizers' wrappers, holders and inferable quantizers,
-    as MCT exports it. Layers keep their names, weights and quantizers. The weights are quantized by
-    the same grids: a value in the middle between two codes may get the other one, and outputs
-    differ by the last bits of float32.
+    as MCT exports it. Layers keep their names, weights and quantizers; the layer that holds MCT's
+    metadata, and computes nothing, is left out. The weights are quantized by the same grids: a
+    value in the middle between two codes may get the other one, and outputs differ by the last bits
+    of float32.
 
     Args:
         source: a `.keras` or `.h5` file that mct_quantizers 1.5 to 1.7 wrote.
