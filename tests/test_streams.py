@@ -459,7 +459,8 @@ def test_models_with_a_fixed_batch_are_quantized_and_calibrated(corrected):
     recipe = qi.Recipe.from_preset("w8a8", bias_correction=corrected)
     with pytest.warns(UserWarning, match=LEFT_OUT) as record:
         quantized = qi.quantize_model(fixed(), recipe, X, verbose=0)
-    assert {warning.filename for warning in record} == {__file__}
+    left_out = [each.filename for each in record if LEFT_OUT in str(each.message)]
+    assert left_out == [__file__] * (2 if corrected else 1)
     found = qi.calibrate(quantized, X[:8], "minmax", verbose=0)
     assert found["x_quantizer"] == (0, 23)
     with pytest.warns(UserWarning, match=LEFT_OUT):
