@@ -301,13 +301,15 @@ class TransformerBlock(layers.Layer):
         super().__init__()
         self.attention = layers.MultiHeadAttention(heads, dim)
         self.feed_forward = keras.Sequential([layers.Dense(width, "relu"), layers.Dense(dim)])
-        self.norms = [layers.LayerNormalization(epsilon=1e-6) for _ in range(2)]
+        # Not in a list: Keras' layers in lists are in no checkpoint of TensorFlow.
+        self.norm = layers.LayerNormalization(epsilon=1e-6)
+        self.last_norm = layers.LayerNormalization(epsilon=1e-6)
         self.dropout = layers.Dropout(rate)
 
     def call(self, inputs, training=None):
         attended = self.dropout(self.attention(inputs, inputs), training=training)
-        x = self.norms[0](inputs + attended)
-        return self.norms[1](x + self.dropout(self.feed_forward(x), training=training))
+        x = self.norm(inputs + attended)
+        return self.last_norm(x + self.dropout(self.feed_forward(x), training=training))
 
 
 def text_transformer() -> Style:
