@@ -2,11 +2,11 @@
 
 Run `python -m benchmarks.files`; it writes `files.json` and `files.md` beside this file. Sizes are
 those of a converted model at 8, 4, 3 and 2 bits and of the float one, against a limit: the packed
-codes, float32 for all that is not quantized, 8 KiB for each wrapped layer, and 3 %. With them are
-the sizes of `mct.json`, where `benchmarks.mct` has written it. Loads run interleaved, in random
-order, in one process; a ratio is the median over all blocks: of large files, where reading counts,
-and of a model of 50 small layers, where building does (`--small` measures these loads alone).
-`inspect_file` reads 100 MB of codes; `--inspect` measures that alone.
+codes, float32 for all that is not quantized, 8 KiB for each wrapped layer, and 3 %. Plain
+`model.save` packs `.keras` alone. With them are the sizes of `mct.json`, where `benchmarks.mct` has
+written it. Loads run interleaved, in random order, in one process; a ratio is the median over all
+blocks. Small files are those of 50 Dense layers, a `Sequential` and a Functional model; `--loads`
+measures these alone. `inspect_file` reads 100 MB of codes; `--inspect` measures that alone.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from benchmarks.stored import BITS, ENDINGS, stored_models
 from benchmarks.timing import compare
 
 SAVERS = {"model.save": keras.Model.save, "save_quantized_model": qi.save_quantized_model}
-"""Into `.h5` files the first writes floats, and is left out."""
 
 
 def limits(converted: keras.Model) -> tuple[int, float, float]:
@@ -61,8 +60,8 @@ def sizes(model: keras.Model, folder: str) -> list[dict]:
             converted = qi.convert_to_inferable(qi.quantize_model(model, f"w{bits}", verbose=0))
             quantized, most, with_scales = limits(converted)
             for saver, save in SAVERS.items():
-                if ending == ".h5" and saver == "model.save":
-                    continue
+                if ending == ".h5" and save is keras.Model.save:
+                    continue  # That holds floats.
                 save(converted, path)
                 size = os.path.getsize(path)
                 row = {
@@ -112,24 +111,33 @@ def loads(model: keras.Model, folder: str, instances: int, blocks: int) -> dict:
     return compare(makers, instances, blocks)
 
 
-def loads_of_small_layers(folder: str, instances: int, blocks: int) -> dict:
-    """Milliseconds to load 50 small Dense layers: in float, converted, and by either function."""
-    dense = [layers.Dense(32, activation="relu") for _ in range(50)]
-    model = keras.Sequential([keras.Input((32,)), *dense], name="small_layers")
-    data = np.random.default_rng(0).normal(size=(32, 32)).astype("float32")
+def small_models() -> list[keras.Model]:
+    """The same 50 layers as a `Sequential` and as a Functional model."""
+    parts = [layers.Dense(32, activation="relu") for _ in range(50)]
+    sequential = keras.Sequential([keras.Input((32,)), *parts], name="Sequential")
+    inputs = x = keras.Input((32,))
+    for _ in range(50):
+        x = layers.Dense(32, activation="relu")(x)
+    return [sequential, keras.Model(inputs, x, name="Functional")]
+
+
+def small_loads(model: keras.Model, folder: str, instances: int, blocks: int) -> dict:
+    """Milliseconds to load the float file of small layers, and sealed ones of w8 and w8a8."""
+    plain, checked = keras.models.load_model, qi.keras_load_quantized_model
     path = os.path.join(folder, "float.keras")
     model.save(path)
-    plain, checked = keras.models.load_model, qi.keras_load_quantized_model
-    sides = {"load_model, float": partial(plain, path)}
-    sides["load_model, float again"] = sides["load_model, float"]
-    for preset in ("w8", "w8a8"):
-        path = os.path.join(folder, f"{preset}.keras")
-        quantized = qi.quantize_model(model, preset, data, verbose=0)
-        qi.save_quantized_model(qi.convert_to_inferable(quantized), path)
-        sides[f"load_model, {preset}"] = partial(plain, path)
-        sides[f"keras_load_quantized_model, {preset}"] = partial(checked, path)
-    makers = {name: partial(lambda load: load, load) for name, load in sides.items()}
-    return compare(makers, instances, blocks)
+    sides = {name: partial(plain, path) for name in ("load_model, float", "float again")}
+    data = np.random.default_rng(0).normal(size=(64, 32)).astype("float32")
+    for recipe in ("w8", "w8a8"):
+        given = data if recipe == "w8a8" else None
+        converted = qi.convert_to_inferable(qi.quantize_model(model, recipe, given, verbose=0))
+        path = os.path.join(folder, f"{recipe}.keras")
+        qi.save_quantized_model(converted, path)
+        sides[f"load_model, {recipe}"] = partial(plain, path)
+        sides[f"keras_load_quantized_model, {recipe}"] = partial(checked, path)
+    return compare(
+        {name: lambda load=load: load for name, load in sides.items()}, instances, blocks
+    )
 
 
 def inspections(folder: str) -> list[dict]:
@@ -166,20 +174,22 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=3, help="rounds of loading")
     parser.add_argument("--blocks", type=int, default=10, help="timed blocks in each round")
     parser.add_argument("--inspect", action="store_true", help="only measure inspect_file")
-    parser.add_argument("--small", action="store_true", help="only loads of small layers")
+    parser.add_argument("--loads", action="store_true", help="only measure small files")
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        if not options.inspect:
-            small = loads_of_small_layers(folder, options.instances, options.blocks)
-            print(small, flush=True)
-    if options.small:
+    small = {}
+    for model in [] if options.inspect else small_models():
+        with tempfile.TemporaryDirectory() as folder:
+            found = small_loads(model, folder, options.instances, options.blocks)
+        small[f"50 Dense, {model.name}"] = found
+        print(small, flush=True)
+    if options.loads:
         return
     with tempfile.TemporaryDirectory() as folder:
         inspected = inspections(folder)
     if options.inspect:
         return
-    rows, times = [], {"small_layers": small}
+    rows, times = [], {}
     for model in stored_models(keras):
         with tempfile.TemporaryDirectory() as folder:
             rows += sizes(model, folder)
@@ -187,11 +197,11 @@ def main() -> None:
             print(times[model.name], flush=True)
     loaded = [
         {"model": model, "loaded by": side, "ms": found["ms"], "ratio to the first": found["ratio"]}
-        for model, sides in times.items()
+        for model, sides in (times | small).items()
         for side, found in sides.items()
     ]
     tables = [*table(rows), "", *table(loaded), "", *table(inspected)]
-    data = {"sizes": rows, "loads": times, "inspections": inspected}
+    data = {"sizes": rows, "loads": times | small, "inspections": inspected}
     write("files", "Saved files", machine(), data, tables)
 
 

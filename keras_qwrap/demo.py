@@ -285,7 +285,7 @@ def run(bits: int, epochs: int, seed: int, output: str | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         for ending in ENDINGS:
-            converted.save(Path(folder, f"model{ending}"))
+            qi.save_quantized_model(converted, Path(folder, f"model{ending}"))
             if output is not None:
                 shutil.copy(Path(folder, f"model{ending}"), output)
         np.save(Path(folder, "images.npy"), images)
