@@ -145,6 +145,10 @@ class Case:
     outputs: list[Any] = field(default_factory=list)
     call: dict[str, Any] = field(default_factory=dict)
 
+    def own_weights(self) -> dict[str, Any]:
+        """Copies of the quantizers: a trainable one belongs to the one wrapper that it is given."""
+        return {path: type(q).from_config(q.get_config()) for path, q in self.weights.items()}
+
 
 IMAGE, VIDEO, SERIES, FLAT = (2, 5, 5, 3), (1, 4, 4, 4, 2), (2, 4, 3), (3, 5)
 POT = {"method": "POWER_OF_TWO"}

@@ -38,7 +38,7 @@ def codes_in(layer):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.weights], ids=lambda c: c.name)
 def test_outputs_and_codes_of_every_layer(case):
-    wrapper = Wrapper(case.layer(), case.weights)
+    wrapper = Wrapper(case.layer(), case.own_weights())
     wrapper(*case.inputs, **dict(case.call))
     converted = wrapper.convert_to_inferable_quantizers()
     small = kept(converted)

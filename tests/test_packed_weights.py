@@ -62,7 +62,7 @@ def check_weights(layer, values):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.weights], ids=lambda c: c.name)
 def test_every_quantized_weight_is_packed(case):
-    layer = converted(case.layer(), case.inputs, case.weights, case.call)
+    layer = converted(case.layer(), case.inputs, case.own_weights(), case.call)
     codes, values = layer.get_codes(), layer.get_quantized_weights()
     bits = {path: layer.weights_quantizers[path].num_bits for path in codes}
     check_weights(layer, values)
