@@ -232,7 +232,7 @@ def as_model(layer, case):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.weights], ids=lambda case: case.name)
 def test_every_layer(case):
-    wrapper = Wrapper(case.layer(), case.weights)
+    wrapper = Wrapper(case.layer(), case.own_weights())
     model, x = as_model(wrapper, case)
     plain = unwrap_model(model)
     assert type(plain.get_layer(wrapper.name)) is type(wrapper.layer)
