@@ -60,11 +60,13 @@ def converted_weight(
             quantizer has no grid.
     """
     latent = to_numpy(variable)
-    for values in (latent, to_numpy(ops.cast(computed, "float32"))):
-        if not np.isfinite(values.astype(np.float32)).all():
-            what = "values that are not finite" if values is latent else "infinite quantized values"
-            fix = "Train it again from finite weights, with a lower learning rate."
-            raise bad_value(where, what, "finite numbers", fix)
+    if not np.isfinite(latent.astype(np.float32)).all():
+        fix = "Train it again from finite weights, with a lower learning rate."
+        raise bad_value(where, "values that are not finite", "finite numbers", fix)
+    if not np.isfinite(to_numpy(ops.cast(computed, "float32"))).all():
+        received = f"values up to {np.abs(latent).max():.3g}"
+        fix = "Its grid ends beyond them: scale the weight down."
+        raise bad_value(where, received, "values whose grid float32 can hold", fix)
 
     def of_variable(values: Tensor) -> np.ndarray:
         return to_numpy(ops.cast(values, variable.dtype))

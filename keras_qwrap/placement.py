@@ -15,9 +15,9 @@ The rules, for each operation of a Functional or Sequential graph:
   those that Keras declares as floats and computes as integers (what lookups count, and sums or
   concatenations of such), nor sparse and ragged ones.
 - A model's input is left as it is where something needs its exact values (token ids, the value that
-  stands for a masked step), be it inside a layer, also behind functions of that input alone, and
-  where only batch normalization or `Normalization` reads it, made for inputs of unlike sizes; so is
-  whatever else is read for its exact values.
+  stands for a masked step), be it inside a layer, also behind functions of that input alone, or
+  behind sums, products and concatenations; and where only batch normalization or `Normalization`
+  reads it, made for inputs of unlike sizes; so is whatever else is read for its exact values.
 - An input of rank 3 or less that only layers outside Keras read may hold whole numbers (labels,
   lengths, indices): its quantizer passes them, if calibration finds that its data hold no others.
 """
@@ -81,6 +81,12 @@ _CALLING_FUNCTIONS = frozenset(
 
 _HIGHEST_RANK_OF_WHOLE_NUMBERS = 3
 """Rank, with the batch, of the inputs that may hold ids or lengths; others hold pixels."""
+
+_MAKING_NUMBERS = SUMS | {
+    *("Append", "Concatenate", "Hstack", "Maximum", "Minimum", "Multiply", "Rescaling", "Stack"),
+    *("Vstack", "Where"),
+}
+"""What makes of numbers those that a lookup reads: joins, shifts or masks them."""
 
 NORMALIZATIONS = frozenset({"BatchNormalization", "Normalization"})
 _MAX_POOLING = frozenset(
@@ -213,7 +219,7 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
         return only_reader(reading[0].outputs[0], skipped) if skip else (reading[0], tensor)
 
     def fused_reader(operation: Any, tensor: keras.KerasTensor) -> Any:
-        lookup = only_reader(tensor, _passes_on)
+        lookup = only_reader(tensor, _leads_to_lookups)
         if lookup and _needs_exactly(*lookup):
             carries = is_graph(operation) or carries_grid(operation)
             return None if carries else lookup[0].operation
@@ -236,17 +242,17 @@ def exact_inputs(model: keras.Model) -> dict[int, list[Any]]:
     """The inputs of a graph that are left as they are, by `id`: the operations that need it."""
     found = {}
     for tensor in model.inputs:
-        readers = list(_readers(tensor, model))
-        operations = [unwrapped(node.operation) for node, _ in readers]
         exact = [
-            operation
-            for operation, (node, read) in zip(operations, readers, strict=True)
+            unwrapped(node.operation)
+            for node, read in _readers(tensor, model, _leads_to_lookups)
             if _needs_exactly(node, read, unknown=True) or not any(map(_is_float, node.outputs))
         ]
-        if readers and all(kind(operation) in NORMALIZATIONS for operation in operations):
+        operations = [unwrapped(node.operation) for node, _ in _readers(tensor, model)]
+        if operations and all(kind(operation) in NORMALIZATIONS for operation in operations):
             exact = operations
         if exact:
-            found[id(tensor)] = [op for op in exact if isinstance(op, keras.Layer)] or exact
+            layers = [operation for operation in exact if isinstance(operation, keras.Layer)]
+            found[id(tensor)] = list(dict.fromkeys(layers or exact))
     return found
 
 
@@ -261,31 +267,36 @@ def inputs_of_custom_layers(model: keras.Model) -> set[int]:
     return found
 
 
-def _readers(
-    tensor: keras.KerasTensor, model: keras.Model
-) -> Iterator[tuple[GraphNode, keras.KerasTensor]]:
-    """What reads a tensor, behind what only moves its values and functions of it alone.
+def _passes_on(node: GraphNode) -> bool:
+    """Whether an operation only moves values, or is a function of one tensor alone."""
+    function = not isinstance(node.operation, keras.Layer) and len(node.inputs) == 1
+    if function:
+        return kind(node.operation) not in _LOOKUPS and kind(node.operation) not in _INDEXING
+    return carries_grid(unwrapped(node.operation))
 
-    And the tensor that it reads.
-    """
+
+def _leads_to_lookups(node: GraphNode) -> bool:
+    """Whether a lookup behind an operation needs the exact values of what the operation reads."""
+    return _passes_on(node) or kind(unwrapped(node.operation)) in _MAKING_NUMBERS
+
+
+def _readers(
+    tensor: keras.KerasTensor,
+    model: keras.Model,
+    skipped: Callable[[GraphNode], bool] = _passes_on,
+) -> Iterator[tuple[GraphNode, keras.KerasTensor]]:
+    """What reads a tensor, behind what is skipped, and the tensor that it reads."""
     for node in graph_nodes(model):
         operation = unwrapped(node.operation)
         places = [place for place, each in enumerate(node.inputs) if each is tensor]
         if is_graph(operation):
             for place in places:
-                yield from _readers(operation.inputs[place], operation)
-        elif places and _passes_on(node) and _are_float(node.outputs):
+                yield from _readers(operation.inputs[place], operation, skipped)
+        elif places and skipped(node) and _are_float(node.outputs):
             for output in node.outputs:
-                yield from _readers(output, model)
+                yield from _readers(output, model, skipped)
         elif places:
             yield node, tensor
-
-
-def _passes_on(node: GraphNode) -> bool:
-    function = not isinstance(node.operation, keras.Layer) and len(node.inputs) == 1
-    if function:
-        return kind(node.operation) not in _LOOKUPS and kind(node.operation) not in _INDEXING
-    return carries_grid(unwrapped(node.operation))
 
 
 def _needs_exactly(node: GraphNode, tensor: keras.KerasTensor, unknown: bool = False) -> bool:

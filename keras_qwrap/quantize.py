@@ -19,7 +19,7 @@ from keras_qwrap.copying import (
     unwrapped,
 )
 from keras_qwrap.correction import correct_biases
-from keras_qwrap.errors import bad_value, warn
+from keras_qwrap.errors import bad_value, naming, warn
 from keras_qwrap.folding import fold_batch_norm
 from keras_qwrap.holder import KerasActivationQuantizationHolder, unquantized_name
 from keras_qwrap.inner_layers import Example, layer_outputs, quantizable_layers
@@ -375,7 +375,8 @@ def _weight_quantizer(
     params = None
     if spec.range == "mse":
         params = {"threshold": weights_threshold(weight, kept, spec.num_bits, spec.method)}
-    return weights_quantizer(spec, kept, weight.ndim, params)
+    with naming(f"layer '{layer.name}', weight '{path}'"):
+        return weights_quantizer(spec, kept, weight.ndim, params)
 
 
 def _gathers(layer: keras.Layer, decision: Decision) -> bool:

@@ -55,6 +55,8 @@ class QuantizingLayer(keras.layers.Layer):
         self._taken_names: list[str] = []
         self._claims = False
         self._observer: Observer | None = None
+        self.frozen_with: Callable[[], bool] = bool
+        """Whether something else, which this layer belongs to, is frozen; by default it is not."""
 
     def owns(self, quantizer: Quantizer) -> bool:
         """Whether this very object is one of the layer's quantizers."""
@@ -171,7 +173,8 @@ class QuantizingLayer(keras.layers.Layer):
                 return replaced
         if "training" in inspect.signature(quantizer.__call__).parameters:
             # Of a frozen layer not even ranges move.
-            return quantizer(tensor, training=training if self.trainable else False)
+            frozen = not self.trainable or self.frozen_with()
+            return quantizer(tensor, training=False if frozen else training)
         return quantizer(tensor)
 
     def _quantize_weight(

@@ -14,6 +14,9 @@ from keras_qwrap.substitution import is_of_user, sublayers
 _OF_EVERY_LAYER = ("name", "trainable", "dtype")
 """What is in the config of every layer, and what a constructor need not take."""
 
+_OF_TENSORFLOW = "_self_"
+"""How attributes begin that checkpoints leave in what they hold."""
+
 _FAILURES = (TypeError, ValueError, NotImplementedError, AttributeError, KeyError)
 """What configs that lack something, or hold too much, end in."""
 
@@ -323,7 +326,8 @@ def check_values_alike(source: keras.Layer, target: keras.Layer) -> None:
                 {
                     name: value
                     for name, value in vars(layer).items()
-                    if name not in of_keras and isinstance(value, kinds)
+                    if not (name in of_keras or name.startswith(_OF_TENSORFLOW))
+                    and isinstance(value, kinds)
                 }
                 for layer in (old, new)
             )

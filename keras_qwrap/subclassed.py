@@ -128,8 +128,10 @@ class QuantizedModel(keras.Model):
             for i, quantizer in enumerate(quantizers):
                 name = f"{path.replace('/', '_')}_output_{i}"
                 attribute = f"holders_{len(self.holders)}"
-                flag = trainable and getattr(follow(copy, path), "trainable", True)
-                holder = KerasActivationQuantizationHolder(quantizer, name=name, trainable=flag)
+                holder = KerasActivationQuantizationHolder(
+                    quantizer, name=name, trainable=trainable
+                )
+                holder.frozen_with = partial(_is_frozen, copy, path)
                 self.holders.append(holder)
                 # TensorFlow's checkpoints see attributes, not what is in a list. Keras' own files
                 # name what they hold by the first attribute in alphabetical order: the list.
@@ -361,6 +363,10 @@ def _check_float_model(model: Any) -> None:
         )
     check_float(model)
     warn_of_own_steps(model)
+
+
+def _is_frozen(model: keras.Model, path: str) -> bool:
+    return not getattr(follow(model, path), "trainable", True)
 
 
 def _by_path(quantizers: Any) -> dict[str, list[Quantizer]]:

@@ -273,6 +273,24 @@ READING = {
         lambda: ids_into(lambda x: ops.clip(x - 1, 0, 8), Words(name="reader")),
         True,
     ),
+    "joined with others": (
+        lambda: ids_into(lambda x: ops.concatenate([x, x + 1], 1), Words(name="reader")),
+        True,
+    ),
+    "joined by a layer": (
+        lambda: ids_into(lambda x: layers.Concatenate()([x, x]), Words(name="reader")),
+        True,
+    ),
+    "in a sum": (lambda: ids_into(lambda x: x * (x + 1) + x, Words(name="reader")), True),
+    "where there is a choice": (
+        lambda: ids_into(lambda x: ops.where(x * x > 4, x, 0 * x), layers.Embedding(9, 2)),
+        True,
+    ),
+    "moved by a layer": (lambda: ids_into(layers.Rescaling(1, 1), Words(name="reader")), True),
+    "joined for a dense layer": (
+        lambda: ids_into(lambda x: ops.concatenate([x, x], 1), layers.Dense(2, name="reader")),
+        False,
+    ),
     "behind a reshape": (lambda: ids_into(layers.Reshape((2, 3)), Words(name="reader")), True),
     "in a nested model": (
         lambda: ids_into(
@@ -351,6 +369,9 @@ def test_what_only_a_lookup_in_a_layer_reads_is_not_quantized():
     """Ids that a layer makes; features that go beside the table of places are."""
     made = chain(Shifted(name="shifted"), Words(name="words"), shape=(6,))
     assert placed(made) == {"words": DATA}
+    a, b = keras.Input((3,)), keras.Input((3,))
+    joined = layers.Concatenate(name="joined")([a, Shifted(name="shifted")(b)])
+    assert placed(keras.Model([a, b], Words(name="words")(joined))) == {"words": DATA}
     dense = layers.Dense(4, name="dense")
     assert placed(chain(dense, Places(name="places"), shape=(6, 3))) == {
         "dense": DATA,

@@ -274,6 +274,13 @@ def test_weights_that_are_not_finite_are_refused(value):
     refused(ValueError, lambda: qi.quantize_model(model, "w8"), found)
 
 
+def test_weights_for_which_no_threshold_is_large_enough_are_named():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="dense")])
+    model.layers[0].kernel.assign([[1.0, 3.4e38], [2.0, 3.0]])
+    recipe = qi.Recipe(weights=qi.WeightsSpec(8, range="mse"))
+    refused(ValueError, lambda: qi.quantize_model(model, recipe), "layer 'dense', weight 'kernel'")
+
+
 def test_a_weight_without_elements_is_left_in_float():
     model = keras.Sequential([keras.Input((0,)), keras.layers.Dense(2, name="dense")])
     converted = qi.convert_to_inferable(qi.quantize_model(model, "w8"))
