@@ -45,6 +45,7 @@ from keras_qwrap.specs import (
     activation_quantizer,
     weights_quantizer,
 )
+from keras_qwrap.streams import batches
 from keras_qwrap.subclassed import QuantizedModel
 from keras_qwrap.substitution import GraphNode, graph_nodes, input_layer, sublayers
 from keras_qwrap.supported import refusal
@@ -90,8 +91,8 @@ def quantize_model(
     Args:
         model: a built Keras model without quantized layers.
         recipe: a preset such as "w8a8", a `Recipe`, or its dictionary.
-        calibration_data: inputs as `calibrate` takes them; not read where the recipe has no use
-            for them, as with weights only.
+        calibration_data: inputs as `calibrate` takes them; not read where the recipe quantizes
+            weights alone.
         batch_size: rows of an array in each calibration step, as `calibrate` takes them.
         steps: calibration steps; all data by default.
         verbose: progress display of the calibration: "auto", 0 or 1.
@@ -133,6 +134,9 @@ def quantize_model(
         correct_biases(new, model, calibration_data, batch_size, steps)
     if calibration_data is not None and has_ranges_to_find(new):
         calibrate(new, calibration_data, None, batch_size, steps, verbose)
+    elif calibration_data is not None and _finds_ranges(recipe) and not recipe.bias_correction:
+        for _ in batches(new, calibration_data, batch_size, steps):
+            pass  # Refuses data that does not fit, though nothing is to be found in it.
     return new
 
 
@@ -149,6 +153,11 @@ def _check_options(model: keras.Model, recipe: Recipe, data: Any) -> None:
             "data that can be read twice, for bias_correction",
             "Pass an array, a dataset or a list of batches.",
         )
+
+
+def _finds_ranges(recipe: Recipe) -> bool:
+    specs = [recipe.activations, *(rule.activations for rule in recipe.rules)]
+    return any(isinstance(spec, ActivationSpec) for spec in specs)
 
 
 def ordered_nodes(model: keras.Model) -> list[GraphNode]:

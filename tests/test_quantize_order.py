@@ -158,10 +158,3 @@ def test_data_that_a_recipe_has_no_use_for_is_not_read(recipe):
     model = Chain()
     model(rows())
     qi.quantize_model(model, "w8", Unread())
-
-
-def test_data_where_all_ranges_are_known_is_not_read():
-    model = keras.Sequential([keras.Input((3,), name="in"), layers.Dense(2, activation="softmax")])
-    recipe = Recipe.from_preset("w8a8", rules=[Rule(name="in", activations="float")])
-    quantized = qi.quantize_model(model, recipe, Unread())
-    assert len(quantized.layers[0].activation_quantizers) == 1
