@@ -102,8 +102,8 @@ def test_a_family_of_keras_applications(name, tmp_path):
     make = getattr(applications, name)
     model = make(weights=None, input_shape=(side, side, 3), classes=3, classifier_activation=None)
     images = np.random.default_rng(0).uniform(0, 255, (2, side, side, 3)).astype(np.float32)
-    if name == "EfficientNetB0":  # its training step clips every gradient away otherwise
-        settle(model, images)
+    # Else activations in training are far beyond the ranges of inference, where gradients end.
+    settle(model, images)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     quantized = live(model, images, np.array([0, 2]), tmp_path, loss)
     for layer in model.layers:
