@@ -23,7 +23,7 @@ FAMILIES = {
     "Xception": 71,
     "NASNetMobile": 32,
     "EfficientNetB0": 32,
-    "EfficientNetV2B0": 32,
+    "EfficientNetV2B0": 64,
     "ConvNeXtTiny": 32,
 }
 """Smallest member of each family of keras.applications, and the side of its smallest images."""
