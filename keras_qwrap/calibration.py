@@ -256,7 +256,7 @@ class _Observer(keras.Model):
         return {
             "ends": ops.stack(ends),
             "whole": ops.stack(
-                [_whole(x if self._asking[row] else None) for row, x in enumerate(flat)]
+                [_whole(x, asking) for x, asking in zip(flat, self._asking, strict=True)]
             ),
             "counts": ops.stack(counts),
             "values": ops.concatenate(values),
@@ -283,9 +283,14 @@ class _Observer(keras.Model):
         return ends, ops.stack(counts), values
 
 
-def _whole(x: Tensor | None) -> Tensor:
-    """Whether all numbers are whole; False where there are none."""
-    return ops.convert_to_tensor(False) if x is None else ops.all(ops.equal(x, ops.round(x)))
+def _whole(x: Tensor | None, asking: bool) -> Tensor:
+    """1 where all numbers are whole, 0 where not, where there are none, and where nobody asks.
+
+    Several workers of TensorFlow gather no bools.
+    """
+    if x is None or not asking:
+        return ops.zeros((), "int32")
+    return ops.cast(ops.all(ops.equal(x, ops.round(x))), "int32")
 
 
 def _lesser(a: Any, b: Any) -> Any:
