@@ -97,12 +97,17 @@ def latent(model):
     return to_numpy(model.layers[0].layer.kernel).astype(np.float32)
 
 
+def computed(cls, model):
+    """What the trained quantizer makes of the latent weight."""
+    return to_numpy(quantizer(cls)(ops.convert_to_tensor(latent(model))))
+
+
 @pytest.mark.parametrize("cls", [RoundsDown, SignsInTraining])
 def test_what_the_inferable_quantizer_can_hold_is_held_as_it_was_computed(cls, tmp_path):
     model = model_with(cls)
     converted = qi.convert_to_inferable(model)
     assert np.array_equal(to_numpy(converted(X)), to_numpy(model(X)))
-    assert np.array_equal(to_numpy(converted.layers[0].layer.kernel), quantizer(cls)(latent(model)))
+    assert np.array_equal(to_numpy(converted.layers[0].layer.kernel), computed(cls, model))
     again = qi.convert_to_inferable(converted)
     for ending in ("keras", "h5"):
         again.save(tmp_path / f"model.{ending}")
@@ -116,7 +121,7 @@ def test_what_it_cannot_hold_becomes_what_it_makes_of_the_latent_weight(cls, tmp
     model = model_with(cls)
     twin = quantizer(cls).convert2inferable()
     wanted = to_numpy(twin(ops.convert_to_tensor(latent(model))))
-    trained = to_numpy(quantizer(cls)(latent(model)))
+    trained = computed(cls, model)
     number = np.count_nonzero(wanted != trained)
     most = np.abs(wanted.astype(np.float64) - trained).max()
     text = f"layer 'dense', weight 'kernel': {number} of 30 values .* by up to {most:.3g}"
