@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 import h5py
+import numpy as np
 
 from keras_qwrap.errors import bad_type, bad_value
 from keras_qwrap.sealing import is_archive, is_hdf5, read_checked
@@ -45,7 +46,8 @@ class Contents:
     Attributes:
         path: the file.
         data: all its bytes.
-        arrays: the bytes of the HDF5 file that holds the arrays: a part of the archive, or all.
+        hdf5: the bytes of the HDF5 file that holds the arrays: a part of the archive, or all.
+        arrays: by path in that file; read-only.
         text: the config of the model, as JSON; in a `.keras` archive that of its training too.
         config: of the model.
         training: of optimizer, loss and metrics.
@@ -58,7 +60,8 @@ class Contents:
 
     path: str
     data: bytes
-    arrays: bytes
+    hdf5: bytes
+    arrays: dict[str, Any]
     text: str | bytes
     config: Any
     training: Any
@@ -176,11 +179,13 @@ def _read_archive(path: str, data: bytes, digest: str | None, look: Callable) ->
             _member(archive, name)
     config = _parsed(path, kept[_CONFIG])
     with h5py.File(io.BytesIO(kept[_ARRAYS]), "r") as file:
-        stored, found = _check_arrays(path, file), look(file)
+        stored, arrays = _checked_arrays(path, kept[_ARRAYS], file)
+        found = look(file)
     return Contents(
         path,
         data,
-        arrays=kept[_ARRAYS],
+        hdf5=kept[_ARRAYS],
+        arrays=arrays,
         text=kept[_CONFIG],
         config=_without(config, "compile_config"),
         training=_part(config, "compile_config"),
@@ -212,14 +217,16 @@ def _read_hdf5(path: str, data: bytes, digest: str | None, look: Callable) -> Co
                 "A file of weights alone is loaded with `model.load_weights`.",
             )
         text = file.attrs["model_config"]
+        stored, arrays = _checked_arrays(path, data, file)
         return Contents(
             path,
             data,
-            arrays=data,
+            hdf5=data,
+            arrays=arrays,
             text=text,
             config=_parsed(path, text),
             training=_parsed(path, file.attrs.get("training_config", "null")),
-            stored=_check_arrays(path, file),
+            stored=stored,
             keras_version=file.attrs.get("keras_version"),
             digest=digest,
             legacy=True,
@@ -256,9 +263,10 @@ def _parsed(path: str, text: str | bytes) -> Any:
         ) from error
 
 
-def _check_arrays(path: str, file: h5py.File) -> int:
-    """The bytes that all arrays take; each must be in the file, once."""
+def _checked_arrays(path: str, data: bytes, file: h5py.File) -> tuple[int, dict[str, Any]]:
+    """The bytes that all arrays take, and the arrays; each must be in the file, once."""
     size = stored = 0
+    found: dict[str, h5py.h5d.DatasetID] = {}
     seen = {h5py.h5o.get_info(file.id).addr}
     root = h5py.h5g.open(file.id, b"/")
     waiting = [("", root, iter(root))]
@@ -284,8 +292,22 @@ def _check_arrays(path: str, file: h5py.File) -> int:
                 raise _hostile(path, f"'{name}' in other files", "arrays in this one")
             size += prod(part.shape or ()) * part.dtype.itemsize
             stored += part.get_storage_size()
+            found[name] = part
     check_size(path, "arrays", size, stored)
-    return stored
+    return stored, {name: _array(part, data) for name, part in found.items()}
+
+
+def _array(part: h5py.h5d.DatasetID, data: bytes) -> Any:
+    """An array of an HDF5 file, which is not copied where it lies there as it does in memory."""
+    dtype, size = part.dtype, part.get_storage_size()
+    if size and size == prod(part.shape) * dtype.itemsize and dtype.kind in "biuf":
+        offset = part.get_offset()
+        if offset is not None:  # It is neither compressed nor in chunks.
+            return np.frombuffer(data, dtype, prod(part.shape), offset).reshape(part.shape)
+    dataset = h5py.Dataset(part)
+    # HDF5 knows no bfloat16: Keras says by an attribute what such bytes are.
+    named = dataset.attrs.get("dtype") if dtype.kind == "V" else None
+    return dataset[()] if named is None else np.array(dataset, dtype=named)
 
 
 def _check_config(path: str, config: Any, stored: int, safe_mode: bool) -> None:

@@ -207,9 +207,9 @@ def _load_weights(
         if training:
             compile_as_described(model, training, custom_objects, False, safe_mode)
         with zipfile.ZipFile(io.BytesIO(contents.data)) as archive:
-            load_state(model, io.BytesIO(contents.arrays), archive)
+            load_state(model, contents.arrays, archive)
         return
-    with h5py.File(io.BytesIO(contents.arrays), "r") as file:
+    with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
         load_legacy_weights(model, file, packed_in(model))
         if training:
             compile_as_described(model, training, custom_objects, True, safe_mode)

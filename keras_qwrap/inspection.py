@@ -150,7 +150,7 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     contents = read_contents(path)
     try:
         layers = list(_layers(contents.config, (), root=True))
-        with h5py.File(io.BytesIO(contents.arrays), "r") as file:
+        with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
             arrays = _Arrays(file)
             found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
     except RecursionError as error:

@@ -104,7 +104,7 @@ def _migrated(contents: Contents) -> keras.Model:
     config = _translated(config)
     translated = replace(contents, text=json.dumps(config), legacy=True)
     model = build_model(translated, Allowance(contents))
-    with h5py.File(io.BytesIO(contents.arrays), "r") as file:
+    with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
         if contents.legacy:
             pairs = list(_from_hdf5(model, file["model_weights"]))
         else:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Signature
-from typing import IO, Any
+from typing import Any
 from zipfile import ZipFile
 
 import keras
@@ -272,11 +272,37 @@ def described_model(
         known = {**(custom_objects or {}), **keras.saving.get_custom_objects()}
         with keras_option_scope(use_legacy_config=True), SafeModeScope(safe_mode):
             return model_from_config(json_utils.decode(text), custom_objects=known)
-    config = json.loads(text)
+    config = json.loads(text, object_hook=_at_once)
     if isinstance(config, dict):
         config["compile_config"] = None
+    known = {**(custom_objects or {}), _AT_ONCE: _Sequential}
     with ObjectSharingScope():
-        return keras.saving.deserialize_keras_object(config, custom_objects, safe_mode)
+        return keras.saving.deserialize_keras_object(config, known, safe_mode)
+
+
+_AT_ONCE = "keras_qwrap>Sequential"
+
+
+def _at_once(part: dict) -> dict:
+    """Let `_Sequential` make the Sequential models that a config describes."""
+    if (part.get("module"), part.get("class_name")) == ("keras", "Sequential"):
+        return part | {"registered_name": _AT_ONCE}
+    return part
+
+
+class _Sequential:
+    """Makes a Sequential model of all its layers at once.
+
+    Keras' own `from_config` adds them one by one, and runs all of them anew after each.
+    """
+
+    @staticmethod
+    def from_config(config: dict) -> keras.Sequential:
+        layers = [keras.saving.deserialize_keras_object(layer) for layer in config["layers"]]
+        model = keras.Sequential(layers, name=config["name"])
+        if not has_symbolic_inputs(model) and config.get("build_input_shape"):
+            model.build(config["build_input_shape"])
+        return model
 
 
 @contextmanager
@@ -297,19 +323,58 @@ def _skipped_attributes_kept(model: keras.Model) -> Iterator[None]:
             global_state.set_global_attribute(name, value)
 
 
-def load_state(model: keras.Model, arrays: IO[bytes], archive: ZipFile) -> None:
-    """Give a model the state in a `.keras` archive, of which `arrays` is the HDF5 file."""
+class _Arrays(saving_lib.H5IOStore):
+    """Arrays that are read already, in place of a file that Keras searches at every step."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays = arrays
+        self._groups: dict[str, dict[str, None]] = {}
+        for path in arrays:
+            while path:
+                path, _, name = path.rpartition("/")
+                self._groups.setdefault(path, {})[name] = None
+        self._group = ""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, path: str) -> "_Arrays":
+        # So were layers called in files of TensorFlow 2.13.
+        paths = (path, path.replace("layers", "_layer_checkpoint_dependencies"))
+        groups = [f"{each}/vars".lstrip("/") for each in paths]
+        self._group = next((group for group in groups if group in self._groups), groups[0])
+        return self
+
+    def has_path(self, path: str) -> bool:
+        return path in self._groups
+
+    def __getitem__(self, key: str) -> Any:
+        # A copy, as a file gives: a backend may share memory with what it is given.
+        return np.array(self._arrays[f"{self._group}/{key}"])
+
+    def __contains__(self, key: object) -> bool:
+        path = f"{self._group}/{key}"
+        return path in self._arrays or path in self._groups
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> Any:
+        return self._groups.get(self._group, {}).keys()
+
+
+def load_state(model: keras.Model, arrays: Mapping[str, Any], archive: ZipFile) -> None:
+    """Give a model the state in a `.keras` archive, whose arrays have these paths."""
     failed: set[int] = set()
     errors: dict[int, tuple] = {}
     assets = None
-    weights = saving_lib.H5IOStore(arrays, mode="r")
     try:
         if any(name.startswith("assets/") for name in archive.namelist()):
             assets = saving_lib.DiskIOStore("assets", archive=archive, mode="r")
         with _skipped_attributes_kept(model):
             saving_lib._load_state(
                 model,
-                weights_store=weights,
+                weights_store=_Arrays(arrays),
                 assets_store=assets,
                 inner_path="",
                 visited_saveables=set(),
@@ -317,7 +382,6 @@ def load_state(model: keras.Model, arrays: IO[bytes], archive: ZipFile) -> None:
                 error_msgs=errors,
             )
     finally:
-        weights.close()
         if assets is not None:
             assets.close()
     if failed:
