@@ -22,9 +22,9 @@ from keras import layers
 import keras_qwrap as qi
 from benchmarks.accuracy import digits, fit, network
 from benchmarks.machine import machine
-from keras_qwrap.correction import correct_biases
-from keras_qwrap.folding import fold_batch_norm
-from keras_qwrap.substitution import graph_nodes
+from keras_qwrap.calibration.bias import correct_biases
+from keras_qwrap.layers.keras_internals import graph_nodes
+from keras_qwrap.models.batch_norm import fold_batch_norm
 
 RECIPES = {
     f"{name}{'' if per_channel else ', per tensor'}": qi.Recipe(

@@ -21,7 +21,7 @@ import tensorflow as tf
 import keras_qwrap as qi
 from benchmarks.machine import machine, write
 from benchmarks.timing import Run, compare, inference, training_step
-from keras_qwrap.rounding import fake_quantize
+from keras_qwrap.numerics.rounding import fake_quantize
 
 GIVEN, FROM_WEIGHT, BARE, CONVERTED = "given range", "range from the weight", "bare", "converted"
 

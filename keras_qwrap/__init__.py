@@ -4,20 +4,27 @@ Importing this package is enough to load any file saved with it.
 """
 
 from keras_qwrap._version import __version__
-from keras_qwrap.calibration import calibrate
-from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
-from keras_qwrap.files import (
+from keras_qwrap.calibration.calibrate import calibrate
+from keras_qwrap.calibration.schedules import DelayQuantization, FreezeRanges
+from keras_qwrap.files.mct import migrate_mct_file
+from keras_qwrap.files.saving import (
     custom_objects,
     keras_load_quantized_model,
     save_quantized_model,
 )
-from keras_qwrap.folding import fold_batch_norm, fold_scales
-from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.inspection import inspect_file
-from keras_qwrap.layer_weights import register_layer_weights
-from keras_qwrap.migration import migrate_mct_file
-from keras_qwrap.models import convert_to_inferable, unwrap_model
-from keras_qwrap.quantize import quantize_model
+from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
+from keras_qwrap.layers.layer_table import register_layer_weights
+from keras_qwrap.layers.weights import weight_paths
+from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
+from keras_qwrap.models.batch_norm import fold_batch_norm, fold_scales
+from keras_qwrap.models.convert import convert_to_inferable, unwrap_model
+from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.numerics.rounding import (
+    fake_lookup,
+    fake_quantize,
+    fake_quantize_covered,
+    fake_quantize_unclipped,
+)
 from keras_qwrap.quantizers import inferable as keras_inferable_quantizers
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
@@ -48,18 +55,12 @@ from keras_qwrap.quantizers.ste import (
     STEUniformWeightQATQuantizer,
     STEWeightQATQuantizer,
 )
-from keras_qwrap.recipes import Recipe
-from keras_qwrap.report import quantization_report
-from keras_qwrap.rounding import (
-    fake_lookup,
-    fake_quantize,
-    fake_quantize_covered,
-    fake_quantize_unclipped,
-)
-from keras_qwrap.rules import Rule
-from keras_qwrap.specs import ActivationSpec, WeightsSpec
-from keras_qwrap.subclassed import QuantizedModel
-from keras_qwrap.wrapper import KerasQuantizationWrapper
+from keras_qwrap.recipes.quantize import quantize_model
+from keras_qwrap.recipes.recipe import Recipe
+from keras_qwrap.recipes.rules import Rule
+from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.reports.inspection import inspect_file
+from keras_qwrap.reports.report import quantization_report
 
 NodeWeightsQuantizationConfig = TrainableQuantizerWeightsConfig
 NodeActivationQuantizationConfig = TrainableQuantizerActivationConfig
@@ -116,4 +117,9 @@ __all__ = [
     "register_layer_weights",
     "save_quantized_model",
     "unwrap_model",
+    "weight_paths",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

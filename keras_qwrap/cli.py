@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keras_qwrap._version import __version__
-from keras_qwrap.inspection import inspect_file
+from keras_qwrap.reports.inspection import inspect_file
 
 DEMO_PACKAGES = ("rich", "sklearn")
 """Modules of the extra `demo`."""

@@ -13,19 +13,19 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_qwrap.holder import KerasActivationQuantizationHolder
-from keras_qwrap.models import convert_to_inferable
-from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
-from keras_qwrap.quantizers.config import QuantizationTarget
-from keras_qwrap.quantizing_layer import (
+from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
+from keras_qwrap.layers.owner import (
     Quantizer,
     copy_quantizer,
     deserialize_quantizers,
     inferable_twin,
     serialize_quantizer,
 )
-from keras_qwrap.tensors import to_numpy
-from keras_qwrap.wrapper import KerasQuantizationWrapper
+from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
+from keras_qwrap.models.convert import convert_to_inferable
+from keras_qwrap.numerics.tensors import to_numpy
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
+from keras_qwrap.quantizers.config import QuantizationTarget
 
 
 def check_quantizer(

@@ -19,7 +19,7 @@ import keras
 import numpy as np
 
 import keras_qwrap as qi
-from keras_qwrap.quantizing_layer import quantizers_in
+from keras_qwrap.layers.owner import quantizers_in
 
 BATCH = 4
 DELAY = 2

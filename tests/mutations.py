@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from keras_qwrap import sealing
+from keras_qwrap.files import sealing
 
 SECONDS, MEBIBYTES = 10, 1024
 DEPTHS = (50, 900, 5000)

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers
 
 import keras_qwrap as qi
-from keras_qwrap.weight_paths import find_weight
+from keras_qwrap.layers.weights import find_weight
 
 METHODS = qi.QuantizationMethod
 SERIES, IMAGE, FLAT, IDS = (5, 4), (6, 6, 3), (7,), (4,)

@@ -10,68 +10,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_qwrap"
 
-READING_ORDER = [
-    "_version",
-    "errors",
-    "tables",
-    "tensors",
-    "fusion",
-    "grids",
-    "rounding",
-    "packing",
-    "compact",
-    "sealing",
-    "tightening",
-    "file_checks",
-    "channels",
-    "ranges",
+FLOORS = [
+    "numerics",
     "quantizers",
-    "quantizers.config",
-    "quantizers.base",
-    "quantizers.stored_range",
-    "quantizers.inferable",
-    "quantizers.ste",
-    "quantizers.moving_average",
-    "substitution",
-    "remaking",
-    "layer_weights",
-    "weight_paths",
-    "supported",
-    "packed_weights",
-    "quantizing_layer",
-    "construction",
-    "conversion",
-    "wrapper",
-    "holder",
-    "copying",
-    "inner_layers",
-    "subclassed",
+    "layers",
     "models",
-    "placement",
-    "specs",
-    "rules",
-    "recipes",
-    "range_search",
-    "streams",
     "calibration",
-    "correction",
-    "folding",
-    "quantize",
-    "callbacks",
-    "report_rows",
-    "report_reasons",
-    "report_walk",
-    "report",
-    "inspection",
     "files",
-    "migration",
-    "testing",
-    "",
-    "demo",
-    "cli",
-    "__main__",
+    "recipes",
+    "reports",
+    "export",
 ]
-"""Modules under keras_qwrap, `""` the package itself; each may import only those before it."""
+"""Folders of the package; a file may import from its own and from those before it."""
+
+ABOVE = ["testing", "", "demo", "cli", "__main__"]
+"""Modules above all floors, `""` the package itself; each may import only those before it."""
 
 
 def module_name(path: Path) -> str:
@@ -105,42 +58,61 @@ def imported_modules(tree: ast.Module) -> set[str]:
     return {t.removeprefix("keras_qwrap").removeprefix(".") for t in found}
 
 
-def test_reading_order_names_every_module_once():
-    assert len(set(READING_ORDER)) == len(READING_ORDER)
-    assert set(SOURCES) <= set(READING_ORDER)
-    assert set(READING_ORDER) - OPTIONAL <= set(SOURCES)
+def height(name: str) -> int:
+    """Of the floor that a module is on; `_version` is beneath all."""
+    if name == "_version":
+        return -1
+    floor = name.split(".")[0]
+    return FLOORS.index(floor) if floor in FLOORS else len(FLOORS) + ABOVE.index(name)
+
+
+def inside(name: str) -> set[str]:
+    """The modules on the same floor that a module imports."""
+    return {n for n in imported_modules(parse(SOURCES[name])) if height(n) == height(name)}
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_module_imports_only_modules_above_it(name):
-    above = READING_ORDER[: READING_ORDER.index(name)]
-    imported = imported_modules(parse(SOURCES[name]))
-    assert imported <= set(above), f"{name} imports {sorted(imported - set(above))}"
+def test_a_module_imports_only_its_own_floor_and_those_beneath(name):
+    above = {n for n in imported_modules(parse(SOURCES[name])) if height(n) > height(name)}
+    assert above == set()
+
+
+def test_no_circles_inside_a_floor():
+    waiting = {name: inside(name) for name in SOURCES}
+    while waiting:
+        free = {name for name, needed in waiting.items() if not needed & set(waiting)}
+        assert free, f"a circle among {sorted(waiting)}"
+        waiting = {name: needed for name, needed in waiting.items() if name not in free}
+
+
+def test_folders_have_nine_files_or_so():
+    for floor in FLOORS:
+        assert len([name for name in SOURCES if name.startswith(f"{floor}.")]) <= 12
 
 
 def test_imports_are_seen_in_every_spelling():
     """Guards the parser of this file: a spelling that it missed would hide an import."""
     spellings = {
-        "import keras_qwrap.wrapper": {"wrapper"},
+        "import keras_qwrap.layers.wrapper": {"layers.wrapper"},
         "import keras_qwrap as qi": {""},
-        "from keras_qwrap import wrapper": {"wrapper"},
+        "from keras_qwrap.layers import wrapper": {"layers.wrapper"},
         "from keras_qwrap.quantizers import ste as s": {"quantizers.ste"},
         "from keras_qwrap.quantizers.ste import STEWeightQATQuantizer": {"quantizers.ste"},
         "from keras_qwrap import KerasQuantizationWrapper": {""},
-        "def f():\n    import keras_qwrap.files": {"files"},
+        "def f():\n    import keras_qwrap.files.saving": {"files.saving"},
         "import keras, numpy": set(),
     }
     assert {text: imported_modules(ast.parse(text)) for text in spellings} == spellings
 
 
-def test_only_substitution_names_non_public_keras():
+def test_only_one_file_names_non_public_keras():
     private = ("keras.src", "tensorflow.python", "keras._")
     naming = {
         name
         for name, path in SOURCES.items()
         if any(word in path.read_text(encoding="utf-8") for word in private)
     }
-    assert naming == {"substitution"}
+    assert naming == {"layers.keras_internals"}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -183,7 +155,8 @@ def third_party_imports(tree: ast.Module) -> set[str]:
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"demo", "cli", "__main__"}))
 def test_the_core_needs_only_the_required_packages(name):
     """Extras stay extras, and the lines that need TensorFlow sit in one file."""
-    allowed = {"keras", "numpy", "h5py"} | ({"tensorflow"} if name == "fusion" else set())
+    compiled = name == "numerics.compiled"
+    allowed = {"keras", "numpy", "h5py"} | ({"tensorflow"} if compiled else set())
     assert third_party_imports(parse(SOURCES[name])) <= allowed
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_qwrap import calibration
+from keras_qwrap.calibration import calibrate as calibration
 
 
 def batch(values, weight=1.0):

@@ -7,8 +7,8 @@ from keras import layers, ops
 from reference import to_numpy
 
 import keras_qwrap as qi
-from keras_qwrap.calibration import calibrate
-from keras_qwrap.substitution import State
+from keras_qwrap.calibration.calibrate import calibrate
+from keras_qwrap.layers.keras_internals import State
 
 
 def recurrent(layer):

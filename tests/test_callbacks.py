@@ -12,9 +12,9 @@ import pytest
 from reference import BACKEND, refused, same, to_numpy
 
 import keras_qwrap as qi
-from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
+from keras_qwrap.calibration.schedules import DelayQuantization, FreezeRanges
+from keras_qwrap.layers.owner import quantizers_in
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.quantizing_layer import quantizers_in
 
 M = qi.QuantizationMethod
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,7 +190,7 @@ RESUME = """
 import json, sys
 import numpy, keras
 import keras_qwrap
-from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
+from keras_qwrap.calibration.schedules import DelayQuantization, FreezeRanges
 path, data, result, steps = json.loads(sys.argv[1])
 model = keras.models.load_model(path)
 loaded = numpy.load(data)
@@ -237,7 +237,7 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import keras
 import keras_qwrap as qi
-from keras_qwrap.callbacks import DelayQuantization, FreezeRanges
+from keras_qwrap.calibration.schedules import DelayQuantization, FreezeRanges
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 
 keras.utils.set_random_seed(0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import refused
 
-from keras_qwrap.channels import Channels, check_bool, check_channel_axis, make_channels
+from keras_qwrap.numerics.channels import Channels, check_bool, check_channel_axis, make_channels
 
 
 @st.composite

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import refused, shortest
 
-from keras_qwrap.compact import compact, expand
+from keras_qwrap.numerics.compact import compact, expand
 
 NUMBERS = st.floats(width=32, allow_nan=False)
 

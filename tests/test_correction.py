@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 
 import keras_qwrap as qi
-from keras_qwrap.correction import correct_biases
+from keras_qwrap.calibration.bias import correct_biases
 
 
 def normal(*shape):

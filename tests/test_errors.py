@@ -10,9 +10,9 @@ import pytest
 from reference import refused
 
 import keras_qwrap as qi
-from keras_qwrap.errors import bad_type, bad_value, nearest
-from keras_qwrap.quantizers.config import RANGE_METHODS
-from keras_qwrap.recipes import as_recipe
+from keras_qwrap.numerics.checks import bad_type, bad_value, nearest
+from keras_qwrap.numerics.search import RANGE_METHODS
+from keras_qwrap.recipes.recipe import as_recipe
 
 GRIDS = ("symmetric", "power_of_two", "uniform")
 
@@ -155,4 +155,4 @@ def test_only_the_one_helper_warns():
     for path in Path(qi.__file__).parent.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
         names = {name.name for node in nodes for name in getattr(node, "names", [])}
-        assert ("warnings" in names) == (path.name == "errors.py"), path
+        assert ("warnings" in names) == (path.name == "checks.py"), path

@@ -8,7 +8,7 @@ import pytest
 from keras import layers, ops
 from layer_cases import Scale, floats
 
-from keras_qwrap.folding import fold_batch_norm
+from keras_qwrap.models.batch_norm import fold_batch_norm
 
 BatchNorm = layers.BatchNormalization
 

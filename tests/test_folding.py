@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers, ops
 
-from keras_qwrap.folding import fold_scales
+from keras_qwrap.models.batch_norm import fold_scales
 
 
 def to_numpy(tensor):

@@ -14,7 +14,7 @@ from reference import (
     refused,
 )
 
-from keras_qwrap.grids import (
+from keras_qwrap.numerics.grids import (
     SMALLEST_SCALE,
     IntegerGrid,
     LookupGrid,

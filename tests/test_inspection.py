@@ -18,8 +18,8 @@ from saved_models import trained
 
 import keras_qwrap as qi
 from keras_qwrap import cli
-from keras_qwrap.packing import framed_size
-from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.numerics.packing import framed_size
 
 ENDINGS = [".keras", ".h5"]
 Wrapper = qi.KerasQuantizationWrapper

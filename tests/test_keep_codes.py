@@ -15,7 +15,7 @@ from subclassed_models import Net
 from subclassed_models import X as SUBCLASSED_X
 
 import keras_qwrap as qi
-from keras_qwrap.packed_weights import KEEP_CODES, CodesVariable
+from keras_qwrap.layers.packed import KEEP_CODES, CodesVariable
 
 Wrapper = qi.KerasQuantizationWrapper
 

@@ -10,10 +10,10 @@ from keras import layers
 from layer_cases import Composite, Listed, Mixer, Scale, activation, weight
 
 import keras_qwrap as qi
-from keras_qwrap import layer_weights
-from keras_qwrap.layer_weights import ALIASES, ROWS, find_row, register_layer_weights
-from keras_qwrap.substitution import sublayers
-from keras_qwrap.weight_paths import (
+from keras_qwrap.layers import layer_table as layer_weights
+from keras_qwrap.layers.keras_internals import sublayers
+from keras_qwrap.layers.layer_table import ALIASES, ROWS, find_row, register_layer_weights
+from keras_qwrap.layers.weights import (
     default_weights,
     find_weight,
     find_weights,

@@ -12,7 +12,7 @@ from layer_cases import Composite, Listed, Scale, floats, weight
 from reference import refused, to_numpy
 
 import keras_qwrap as qi
-from keras_qwrap.weight_paths import default_weights, find_weight, weight_paths
+from keras_qwrap.layers.weights import default_weights, find_weight, weight_paths
 
 
 @dataclass(frozen=True)

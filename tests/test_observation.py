@@ -6,8 +6,8 @@ import pytest
 from reference import refused, same, to_numpy
 
 import keras_qwrap as qi
+from keras_qwrap.layers.owner import observed, quantizers_in
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.quantizing_layer import observed, quantizers_in
 
 M = qi.QuantizationMethod
 X = np.random.default_rng(0).normal(size=(2, 5, 3)).astype("float32")

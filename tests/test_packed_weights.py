@@ -9,9 +9,9 @@ from layer_cases import CASES, METHODS, Composite, floats, weight
 from reference import refused, to_numpy, traced_operations
 
 import keras_qwrap as qi
-from keras_qwrap.construction import packed_in
-from keras_qwrap.packing import frame, framed_size
-from keras_qwrap.substitution import sublayers
+from keras_qwrap.layers.building import packed_in
+from keras_qwrap.layers.keras_internals import sublayers
+from keras_qwrap.numerics.packing import frame, framed_size
 
 Wrapper = qi.KerasQuantizationWrapper
 

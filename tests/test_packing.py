@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_qwrap.packing import (
+from keras_qwrap.numerics.packing import (
     frame,
     framed_size,
     histogram,

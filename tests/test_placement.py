@@ -19,8 +19,7 @@ from whole_number_layers import (
     WordsModel,
 )
 
-from keras_qwrap.inner_layers import IDENTITIES, is_identity
-from keras_qwrap.placement import (
+from keras_qwrap.models.placement import (
     ACTIVATIONS,
     CARRIERS,
     LINEAR,
@@ -29,6 +28,7 @@ from keras_qwrap.placement import (
     inputs_of_custom_layers,
     output_ranges,
 )
+from keras_qwrap.models.taps import IDENTITIES, is_identity
 
 
 def placed(model):

@@ -6,10 +6,10 @@ import pytest
 from reference import refused
 
 import keras_qwrap as qi
-import keras_qwrap.report
-from keras_qwrap.recipes import Decision, Recipe
-from keras_qwrap.rules import Rule
-from keras_qwrap.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.recipe import Decision, Recipe
+from keras_qwrap.recipes.rules import Rule
+from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.reports.report import QuantizationReport
 
 W4 = WeightsSpec(4)
 A4 = ActivationSpec(4)
@@ -292,7 +292,7 @@ ADDRESSED = [
 ]
 
 
-def kept_by(report: qi.report.QuantizationReport, rule: Rule) -> list[str]:
+def kept_by(report: QuantizationReport, rule: Rule) -> list[str]:
     """Paths of the layers whose kernels are in float because of the rule, the report says."""
     paths = []
     for row in report.layers:

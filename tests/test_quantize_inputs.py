@@ -8,7 +8,7 @@ from reference import in_every_mode, refused, same, to_numpy
 from whole_number_layers import WORDS, FirstOnes, Rows, Words
 
 import keras_qwrap as qi
-from keras_qwrap.calibration import has_ranges_to_find
+from keras_qwrap.calibration.calibrate import has_ranges_to_find
 
 
 def classifier(*head):

@@ -17,8 +17,8 @@ from reference import (
 )
 
 import keras_qwrap as qi
-from keras_qwrap import ranges
-from keras_qwrap.channels import Channels
+from keras_qwrap.numerics import ranges
+from keras_qwrap.numerics.channels import Channels
 from keras_qwrap.testing import _host, _hosted_quantizer
 
 SYMMETRIC, POT, UNIFORM = (

@@ -230,6 +230,7 @@ def test_public_names_are_sorted_and_complete():
     """Complete: everything that the package's `__init__` imports or defines without `_`."""
     assert qi.__all__ == sorted(qi.__all__)
     assert len(set(qi.__all__)) == len(qi.__all__)
+    assert dir(qi) == qi.__all__
     submodules = {name for name, value in vars(qi).items() if type(value) is type(qi)}
     public = {name for name in vars(qi) if not name.startswith("_")} - submodules
     assert public | {"__version__", "keras_inferable_quantizers"} == set(qi.__all__)

@@ -13,10 +13,10 @@ from layer_cases import METHODS, Composite, Scale, activation, fixed, floats, we
 from reference import shortest, sqnr
 
 import keras_qwrap as qi
+from keras_qwrap.layers.owner import QuantizingLayer
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.quantizing_layer import QuantizingLayer
-from keras_qwrap.report import quantization_report
-from keras_qwrap.report_rows import QuantizedActivation, QuantizedWeight
+from keras_qwrap.reports.report import quantization_report
+from keras_qwrap.reports.rows import QuantizedActivation, QuantizedWeight
 
 Wrapper, Holder = qi.KerasQuantizationWrapper, qi.KerasActivationQuantizationHolder
 

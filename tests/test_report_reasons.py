@@ -8,7 +8,7 @@ from layer_cases import activation, weight
 
 import keras_qwrap as qi
 from keras_qwrap import Recipe, Rule, quantization_report, quantize_model
-from keras_qwrap.report_rows import UnquantizedOutputs
+from keras_qwrap.reports.rows import UnquantizedOutputs
 
 GIVEN_NONE = UnquantizedOutputs("float", "no quantizer was given for it")
 CARRIED = UnquantizedOutputs("as its input", "as its input, whose grid it carries")

@@ -16,8 +16,8 @@ from layer_cases import METHODS, Scale, activation, fixed, weight
 
 import keras_qwrap as qi
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.report import QuantizationReport, quantization_report
-from keras_qwrap.report_rows import FloatWeight
+from keras_qwrap.reports.report import QuantizationReport, quantization_report
+from keras_qwrap.reports.rows import FloatWeight
 
 Wrapper = qi.KerasQuantizationWrapper
 

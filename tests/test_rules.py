@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from reference import refused
 
-from keras_qwrap.recipes import Recipe
-from keras_qwrap.rules import Place, Rule
-from keras_qwrap.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.recipe import Recipe
+from keras_qwrap.recipes.rules import Place, Rule
+from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
 
 
 def small(layer: keras.Layer) -> bool:

@@ -22,8 +22,8 @@ from keras import layers
 from reference import refused, to_numpy
 
 import keras_qwrap as qi
-from keras_qwrap import sealing
-from keras_qwrap.sealing import check_seal, read_checked, write_whole
+from keras_qwrap.files import sealing
+from keras_qwrap.files.sealing import check_seal, read_checked, write_whole
 
 ENDINGS = [".keras", ".h5"]
 X = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")

@@ -7,7 +7,12 @@ from reference import refused, same, to_numpy
 
 import keras_qwrap as qi
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.specs import ActivationSpec, WeightsSpec, activation_quantizer, weights_quantizer
+from keras_qwrap.recipes.specs import (
+    ActivationSpec,
+    WeightsSpec,
+    activation_quantizer,
+    weights_quantizer,
+)
 
 M = qi.QuantizationMethod
 METHODS = {"symmetric": M.SYMMETRIC, "power_of_two": M.POWER_OF_TWO, "uniform": M.UNIFORM}

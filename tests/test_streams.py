@@ -9,8 +9,8 @@ from keras import layers
 from reference import refused
 
 import keras_qwrap as qi
+from keras_qwrap.calibration.batches import batches, number_of_batches
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.streams import batches, number_of_batches
 
 X = np.arange(30, dtype="float32").reshape(10, 3)
 Y = np.full((10, 1), 7, "float32")

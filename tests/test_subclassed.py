@@ -15,9 +15,9 @@ from reference import integer_codes, integer_values, refused, same, to_numpy
 from subclassed_models import IDS, Masked, Named, Net, Sequences, Tower, X, output, weight
 
 import keras_qwrap as qi
-from keras_qwrap.inner_layers import layer_outputs
-from keras_qwrap.quantizing_layer import observed, quantizers_in
-from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.layers.owner import observed, quantizers_in
+from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.models.taps import layer_outputs
 
 
 def weights_of_net():

@@ -7,9 +7,9 @@ from keras import ops
 from reference import refused
 
 import keras_qwrap as qi
+from keras_qwrap.calibration.batches import batches
+from keras_qwrap.models.subclassed import QuantizedModel
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.streams import batches
-from keras_qwrap.subclassed import QuantizedModel
 
 X = np.arange(40, dtype="float32").reshape(8, 5)
 Z = -np.arange(16, dtype="float32").reshape(8, 2)

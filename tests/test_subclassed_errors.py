@@ -18,8 +18,8 @@ from subclassed_models import (
     weight,
 )
 
-from keras_qwrap.inner_layers import layer_outputs, quantizable_layers
-from keras_qwrap.subclassed import QuantizedModel
+from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.models.taps import layer_outputs, quantizable_layers
 
 
 def test_units_are_leaves_and_composites_of_keras_by_their_paths():

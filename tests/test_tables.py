@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_qwrap.tables import html_table, paragraph, text_table
+from keras_qwrap.reports.text import html_table, paragraph, text_table
 
 ROWS = [
     ("layer", "class", "bits"),

@@ -11,7 +11,7 @@ from keras import layers
 from reference import to_numpy
 
 import keras_qwrap as qi
-from keras_qwrap.tightening import tighten
+from keras_qwrap.files.tightening import tighten
 
 ENDINGS = [".keras", ".h5"]
 

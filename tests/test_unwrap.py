@@ -12,8 +12,8 @@ from keras import layers, ops
 from layer_cases import CASES, Composite, activation, fixed, floats, weight
 
 import keras_qwrap as qi
-from keras_qwrap.models import unwrap_model
-from keras_qwrap.quantizing_layer import QuantizingLayer, observed
+from keras_qwrap.layers.owner import QuantizingLayer, observed
+from keras_qwrap.models.convert import unwrap_model
 
 Wrapper, Holder = qi.KerasQuantizationWrapper, qi.KerasActivationQuantizationHolder
 

@@ -9,7 +9,7 @@ from keras import layers, ops
 from layer_cases import Composite, activation, fixed, floats, register, weight
 
 import keras_qwrap as qi
-from keras_qwrap.weight_paths import find_weight
+from keras_qwrap.layers.weights import find_weight
 
 Wrapper = qi.KerasQuantizationWrapper
 

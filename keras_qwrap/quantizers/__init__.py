@@ -1,0 +1,1 @@
+"""Quantizers: one family a file, and what they all answer."""

@@ -9,7 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.errors import bad_type, bad_value, brief
+from keras_qwrap.numerics.checks import bad_type, bad_value, brief
+from keras_qwrap.numerics.tensors import Tensor
 from keras_qwrap.quantizers.config import (
     QuantizationMethod,
     QuantizationTarget,
@@ -17,7 +18,6 @@ from keras_qwrap.quantizers.config import (
     TrainableQuantizerWeightsConfig,
     check_member,
 )
-from keras_qwrap.tensors import Tensor
 
 
 def mark_quantizer(

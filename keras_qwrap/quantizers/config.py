@@ -10,15 +10,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.channels import check_bool, check_channel_axis
-from keras_qwrap.errors import bad_type, bad_value, brief, nearest
-from keras_qwrap.grids import check_num_bits, float_array
+from keras_qwrap.numerics.channels import check_bool, check_channel_axis
+from keras_qwrap.numerics.checks import bad_type, bad_value, brief, nearest
+from keras_qwrap.numerics.grids import check_num_bits, float_array
 
 PACKAGE = "keras_qwrap"
-
-
-RANGE_METHODS = ("minmax", "moving_average", "percentile", "mse", "entropy")
-"""How calibration can find an activation's range; `range_search.find_range` says what each does."""
 
 
 class QuantizationTarget(enum.Enum):
@@ -74,14 +70,6 @@ def as_method(name: str, value: Any) -> QuantizationMethod:
     """A method, or its name in capitals or small letters, as specs hold it, as a method."""
     known = isinstance(value, str) and value.upper() in QuantizationMethod.__members__
     return check_member(name, value.upper() if known else value, QuantizationMethod)
-
-
-def check_range_method(method: Any, name: str = "range_method") -> str:
-    """`method`, refused unless it is one of `RANGE_METHODS`."""
-    if not isinstance(method, str) or method not in RANGE_METHODS:
-        fix = f"Nearest: {nearest(str(method), RANGE_METHODS)}."
-        raise bad_value(name, method, f"one of {', '.join(RANGE_METHODS)}", fix)
-    return method
 
 
 def _plain_params(name: str, params: Any) -> dict:

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_qwrap.channels import Channels, check_bool, make_channels
-from keras_qwrap.grids import IntegerGrid, check_num_bits
+from keras_qwrap.numerics.channels import Channels, check_bool, make_channels
+from keras_qwrap.numerics.grids import IntegerGrid, check_num_bits
 from keras_qwrap.quantizers.base import mark_quantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
 from keras_qwrap.quantizers.stored_range import (

@@ -7,11 +7,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap import ranges
-from keras_qwrap.channels import check_bool
-from keras_qwrap.errors import bad_type, bad_value
-from keras_qwrap.fusion import fused
-from keras_qwrap.grids import IntegerGrid, float_array
+from keras_qwrap.numerics import ranges
+from keras_qwrap.numerics.channels import check_bool
+from keras_qwrap.numerics.checks import bad_type, bad_value
+from keras_qwrap.numerics.compiled import fused
+from keras_qwrap.numerics.grids import IntegerGrid, float_array
+from keras_qwrap.numerics.rounding import fake_quantize
+from keras_qwrap.numerics.search import check_range_method
+from keras_qwrap.numerics.tensors import Tensor, as_tensor, float32_input, read, to_numpy
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
     BaseKerasTrainableQuantizer,
@@ -21,7 +24,6 @@ from keras_qwrap.quantizers.config import (
     PACKAGE,
     QuantizationMethod,
     QuantizationTarget,
-    check_range_method,
 )
 from keras_qwrap.quantizers.inferable import (
     ActivationPOTInferableQuantizer,
@@ -29,8 +31,6 @@ from keras_qwrap.quantizers.inferable import (
     ActivationUniformInferableQuantizer,
 )
 from keras_qwrap.quantizers.stored_range import check_range
-from keras_qwrap.rounding import fake_quantize
-from keras_qwrap.tensors import Tensor, as_tensor, float32_input, read, to_numpy
 
 _LARGEST = np.float32(2.0**125)
 """Ends of larger magnitude may need a threshold that no power of two in float32 reaches."""

@@ -6,9 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap import ranges
-from keras_qwrap.channels import Channels, make_channels
-from keras_qwrap.errors import bad_value
+from keras_qwrap.numerics import ranges
+from keras_qwrap.numerics.channels import Channels, make_channels
+from keras_qwrap.numerics.checks import bad_value
+from keras_qwrap.numerics.rounding import fake_quantize_covered, fake_quantize_unclipped
+from keras_qwrap.numerics.tensors import Tensor, float32_input, to_numpy
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
     BaseKerasTrainableQuantizer,
@@ -23,8 +25,6 @@ from keras_qwrap.quantizers.inferable import (
     WeightsSymmetricInferableQuantizer,
     WeightsUniformInferableQuantizer,
 )
-from keras_qwrap.rounding import fake_quantize_covered, fake_quantize_unclipped
-from keras_qwrap.tensors import Tensor, float32_input, to_numpy
 
 
 def _check_keys(quantizer: Any, params: dict, known: set[str]) -> None:

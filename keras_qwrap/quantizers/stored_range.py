@@ -6,14 +6,20 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_qwrap import ranges
-from keras_qwrap.channels import Channels
-from keras_qwrap.errors import bad_value, brief, warn
-from keras_qwrap.grids import IntegerGrid, LookupGrid, check_num_bits, check_scale, float_array
+from keras_qwrap.numerics import ranges
+from keras_qwrap.numerics.channels import Channels
+from keras_qwrap.numerics.checks import bad_value, brief, warn
+from keras_qwrap.numerics.grids import (
+    IntegerGrid,
+    LookupGrid,
+    check_num_bits,
+    check_scale,
+    float_array,
+)
+from keras_qwrap.numerics.rounding import fake_lookup, fake_quantize
+from keras_qwrap.numerics.tensors import Tensor, float32_input, read, to_numpy
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer, arguments_of
 from keras_qwrap.quantizers.config import QuantizationMethod
-from keras_qwrap.rounding import fake_lookup, fake_quantize
-from keras_qwrap.tensors import Tensor, float32_input, read, to_numpy
 
 
 def check_threshold(name: str, threshold: Any) -> np.ndarray:

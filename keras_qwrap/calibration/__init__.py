@@ -1,0 +1,1 @@
+"""Data into ranges, and what becomes of ranges in training."""

@@ -1,0 +1,237 @@
+"""Bias correction: what quantized weights do to the mean of a layer's output, taken back."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qwrap.calibration.batches import batches
+from keras_qwrap.layers.keras_internals import graph_nodes, state_kept, sublayers
+from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
+from keras_qwrap.models.copying import Copier, check_graph, is_graph
+from keras_qwrap.models.placement import LINEAR
+from keras_qwrap.models.taps import kind
+from keras_qwrap.numerics.checks import bad_value
+from keras_qwrap.numerics.tensors import Tensor, to_numpy
+
+
+def correct_biases(
+    model: keras.Model,
+    float_model: keras.Model,
+    data: Any,
+    batch_size: int = 32,
+    steps: int | None = None,
+) -> None:
+    """Shift the biases of a quantized model, in place, to keep the means of the float one.
+
+    For each output channel of a wrapped Dense, EinsumDense or convolution layer, with `y` its
+    output before its activation function, and means over examples and positions:
+
+        bias' = bias + mean(y in float_model) - mean(y in model)
+
+    where all layers before it are corrected already. This is found in one pass over the data: in
+    each batch the layers are corrected in order of execution by the differences in that batch, and
+    each bias moves by the mean of its differences over the batches, weighted by their rows.
+    Activations whose range is not yet found pass in float, so correct before calibrating.
+
+    A layer without a bias that only a batch normalization reads has the `moving_mean` of that
+    normalization shifted instead. Left as they are: other layers without a bias, layers that are
+    not wrapped, recurrent cells, layers that the model calls more than once, and layers whose
+    activation function is a layer of its own.
+
+    This is the empirical bias correction of M. Nagel, M. van Baalen, T. Blankevoort and
+    M. Welling, "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019.
+
+    Args:
+        model: what `quantize_model` made of `float_model`, not trained since.
+        float_model: a built Functional or Sequential model.
+        data: inputs, as `streams.batches` takes them.
+        batch_size: rows of each batch, for whole arrays.
+        steps: the most batches to take; needed for data without end.
+
+    Raises:
+        TypeError: `float_model` is neither Functional nor Sequential.
+        ValueError: it is not built, the data does not fit it, or nothing can be corrected.
+
+    Example:
+
+    ```python
+    import keras
+    import numpy as np
+    import keras_qwrap as qi
+    from keras_qwrap.calibration.bias import correct_biases
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
+    model.set_weights([np.array([[0.7], [-0.2]]), np.zeros(1)])
+    quantized = qi.quantize_model(model, "w2")
+    correct_biases(quantized, model, np.array([[1.0, 3.0], [1.0, 1.0]]))
+    print(quantized.get_layer("dense").layer.bias.numpy())  # [-0.4]
+    ```
+    """
+    check_graph(float_model)
+    reference = Copier().copy_model(float_model)
+    wanted_offsets, offsets = _offsets(reference), _offsets(model)
+    wrapped = {id(layer) for owner in _wrappers(model) for layer in sublayers(owner.layer)}
+    offsets = {
+        path: offset
+        for path, offset in offsets.items()
+        if path in wanted_offsets and id(offset.layer) in wrapped
+    }
+    if not offsets:
+        raise bad_value(
+            "model",
+            model.name,
+            "a model with wrapped Dense, EinsumDense or convolution layers that have a bias",
+            "Do without bias correction.",
+        )
+    found: dict[str, _Mean] = {}
+    with state_kept(model):
+        for inputs in batches(model, data, batch_size, steps):
+            means: dict[str, list[Tensor]] = {path: [] for path in offsets}
+
+            def measure(path: str, outputs: Tensor, means: dict = means) -> Tensor:
+                means[path].append(wanted_offsets[path].mean(outputs))
+                return outputs
+
+            with _before_activation(
+                {path: wanted_offsets[path].layer for path in offsets}, measure
+            ):
+                reference(inputs, training=False)
+            rows = len(keras.tree.flatten(inputs)[0])
+
+            def shift(path: str, outputs: Tensor, means: dict = means, rows: int = rows) -> Tensor:
+                difference = means[path].pop(0) - offsets[path].mean(outputs)
+                found.setdefault(path, _Mean()).add(to_numpy(difference), rows)
+                return outputs + ops.cast(difference, outputs.dtype)
+
+            with _before_activation(
+                {path: offset.layer for path, offset in offsets.items()}, shift
+            ):
+                model(inputs, training=False)
+    for path, mean in found.items():
+        offsets[path].move(mean.value)
+
+
+@dataclass
+class _Mean:
+    """A weighted mean, of one array after another."""
+
+    value: Any = 0.0
+    weight: int = 0
+
+    def add(self, value: np.ndarray, weight: int) -> None:
+        self.weight += weight
+        self.value = self.value + (value.astype(np.float64) - self.value) * (weight / self.weight)
+
+
+@dataclass(frozen=True)
+class _Offset:
+    """What is added to a layer's output (`sign` 1), or subtracted from it (-1).
+
+    `axis` is that of the output along which the variable lies; None for its last axes.
+    """
+
+    layer: keras.Layer
+    variable: keras.Variable
+    sign: int = 1
+    axis: int | None = None
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """The mean of outputs over all that shares one number, in a shape that broadcasts."""
+        rank, shape = len(outputs.shape), tuple(self.variable.shape)
+        if self.axis is not None:
+            shape = (-1,) + (1,) * (rank - 1 - self.axis % rank)
+        shape = (1,) * (rank - len(shape)) + shape
+        shared = tuple(axis for axis, size in enumerate(shape) if size == 1)
+        return ops.mean(ops.cast(outputs, "float32"), axis=shared, keepdims=True)
+
+    def move(self, difference: np.ndarray) -> None:
+        """Let the outputs grow by `difference`."""
+        old = to_numpy(self.variable)
+        new = old.astype(np.float64) + self.sign * difference.reshape(old.shape)
+        self.variable.assign(new.astype(old.dtype))
+
+
+def _wrappers(model: keras.Model) -> list[KerasQuantizationWrapper]:
+    found = [each for each in sublayers(model) if isinstance(each, KerasQuantizationWrapper)]
+    return [each for each in found if each.is_weights_quantization]
+
+
+def _inside(operation: Any) -> Any:
+    return operation.layer if isinstance(operation, KerasQuantizationWrapper) else operation
+
+
+def _offsets(model: keras.Model) -> dict[str, _Offset]:
+    """By a path that is the same in float and quantized, the offset of every layer that has one."""
+    norms = _normalizations(model)
+    found: dict[str, _Offset] = {}
+    calls = Counter(id(layer) for _, layer in _layers(model))
+    for path, layer in _layers(model):
+        # Calls of a shared layer need not come in the same order in both models.
+        if calls[id(layer)] > 1 or kind(layer) not in LINEAR:
+            continue
+        if isinstance(layer.activation, keras.Layer):
+            continue
+        if getattr(layer, "bias", None) is not None:
+            first = getattr(layer, "data_format", None) == "channels_first"
+            found[path] = _Offset(layer, layer.bias, axis=1 if first else None)
+        elif id(layer) in norms and layer.activation is keras.activations.linear:
+            norm = norms[id(layer)]
+            found[path] = _Offset(layer, norm.moving_mean, -1, norm.axis)
+    return found
+
+
+def _layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.Layer]]:
+    """The layers that a model calls, inner ones too, with their paths; once for each call."""
+    for node in graph_nodes(model):
+        layer = node.operation
+        path = f"{prefix}{layer.name}/"
+        if is_graph(layer):
+            yield from _layers(layer, path)
+        else:
+            layers = sublayers(_inside(layer)) if isinstance(layer, keras.Layer) else []
+            for i, inner in enumerate(layers):
+                yield f"{path}{i}", inner
+
+
+def _normalizations(model: keras.Model) -> dict[int, keras.Layer]:
+    """By `id` of a linear layer, the batch normalization that alone reads its output."""
+    graphs = [graph for graph in sublayers(model) if is_graph(graph)]
+    nodes = [graph_nodes(graph) for graph in graphs]
+    calls = Counter(id(node.operation) for found in nodes for node in found)
+    norms = {}
+    for graph, found in zip(graphs, nodes, strict=True):
+        made_by = {id(tensor): node.operation for node in found for tensor in node.outputs}
+        uses = Counter(id(tensor) for node in found for tensor in node.inputs)
+        uses.update(id(tensor) for tensor in graph.outputs)
+        for node in found:
+            source = made_by.get(id(node.inputs[0]))
+            alone = uses[id(node.inputs[0])] == calls[id(source)] == calls[id(node.operation)] == 1
+            if kind(node.operation) == "BatchNormalization" and alone:
+                norms[id(_inside(source))] = node.operation
+    return norms
+
+
+@contextmanager
+def _before_activation(
+    layers: Mapping[str, keras.Layer], see: Callable[[str, Tensor], Tensor]
+) -> Iterator[None]:
+    """Let `see(path, outputs)` say what each layer's activation function gets."""
+    functions = {path: layer.activation for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            layer.activation = partial(_activate, functions[path], see, path)
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.activation = functions[path]
+
+
+def _activate(function: Callable, see: Callable, path: str, outputs: Tensor) -> Tensor:
+    return function(see(path, outputs))

@@ -1,0 +1,1 @@
+"""Files: what they hold, how they are checked, saved and loaded."""

@@ -1,0 +1,305 @@
+"""Loading quantized models, and the classes that a saved file may name."""
+
+import io
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from math import prod
+from typing import Any
+
+import h5py
+import keras
+
+from keras_qwrap.files.limits import Contents, check_size, checked_contents
+from keras_qwrap.files.sealing import write_whole
+from keras_qwrap.files.tightening import tighten
+from keras_qwrap.layers.building import packed_in
+from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
+from keras_qwrap.layers.keras_internals import (
+    compile_as_described,
+    described_model,
+    load_state,
+    variables_watched,
+)
+from keras_qwrap.layers.packed import (
+    KEEP_CODES,
+    load_legacy_weights,
+    names_in,
+    packed_arrays,
+)
+from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
+from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.numerics.channels import check_bool
+from keras_qwrap.numerics.checks import bad_type, bad_value, innermost, no_model, warn
+from keras_qwrap.quantizers import config, inferable, moving_average, ste
+from keras_qwrap.quantizers.config import PACKAGE
+
+_LEGACY = (".h5", ".hdf5")
+_OF_WEIGHTS = tuple(f".weights{ending}" for ending in _LEGACY)
+
+
+def custom_objects() -> dict[str, type]:
+    """Every serializable class of this package by its registered name.
+
+    Importing the package registers them, so that plain `keras.models.load_model` finds them; the
+    dictionary is for code that passes `custom_objects` explicitly.
+
+    Example:
+
+    ```python
+    import keras_qwrap as qi
+
+    print(qi.custom_objects()["keras_qwrap>KerasQuantizationWrapper"].__name__)
+    ```
+    """
+    classes = [KerasQuantizationWrapper, KerasActivationQuantizationHolder, QuantizedModel]
+    for module in (config, inferable, ste, moving_average):
+        classes += [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+    names = {keras.saving.get_registered_name(cls): cls for cls in classes}
+    return {name: cls for name, cls in names.items() if name.startswith(f"{PACKAGE}>")}
+
+
+def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
+    """Save a model, whole or not at all, with a digest.
+
+    As `model.save(path)`, but into a file beside `path` that then takes its place: when the
+    process is killed or the disk is full, `path` leads to the old file or to the new one, never to
+    a part. The SHA-256 digest of all bytes is recorded in the file, where Keras and other readers
+    skip it, and `keras_load_quantized_model` checks it before it opens the file. The file is also
+    smaller, by 2 KB or more for each layer.
+
+    Args:
+        model: a Keras model, quantized or not.
+        path: where to; the name ends with `.keras` (better) or `.h5`. An existing file is replaced.
+
+    Raises:
+        TypeError: `model` is no model, or `path` no path.
+        ValueError: the name ends otherwise, or Keras cannot save the model in that format.
+        OSError: the file cannot be written; what was there is left as it was.
+
+    Example:
+
+    ```python
+    import os, tempfile
+    import keras
+    import keras_qwrap as qi
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    converted = qi.convert_to_inferable(qi.quantize_model(model, "w8"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.keras")
+        qi.save_quantized_model(converted, path)
+        print(qi.keras_load_quantized_model(path).name == model.name)  # True
+    ```
+    """
+    if not isinstance(model, keras.Model):
+        raise no_model(model)
+    if not isinstance(path, (str, os.PathLike)):
+        raise bad_type("path", path, "a path", "Pass the name of a .keras or .h5 file.")
+    path = os.fsdecode(path)
+    if path.lower().endswith(_OF_WEIGHTS):
+        raise bad_value(
+            "path",
+            path,
+            "the ending .keras or .h5, for a whole model",
+            "`model.save_weights(path)` saves weights alone; or leave `.weights` out.",
+        )
+    if not path.endswith((".keras", *_LEGACY)):
+        raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
+    write_whole(path, partial(_write, model))
+
+
+def _write(model: keras.Model, path: str) -> None:
+    model.save(path)
+    # Into an archive, layers write packed codes themselves.
+    packed = packed_arrays(model, packed_in(model)) if path.endswith(_LEGACY) else {}
+    tighten(path, {name: weight.packed for name, weight in packed.items()})
+
+
+def keras_load_quantized_model(
+    path: str | os.PathLike,
+    custom_objects: Mapping[str, Any] | None = None,
+    compile: bool = True,
+    keep_codes: bool = False,
+    safe_mode: bool = True,
+) -> keras.Model:
+    """Load a `.keras` or `.h5` file as `keras.models.load_model` does.
+
+    In a file of `save_quantized_model` any damage is recognized, before it is opened. Of what plain
+    `model.save` wrote, a damaged `.keras` archive is recognized too; an `.h5` file then has no
+    checksum: a damage that leaves it readable goes unnoticed, and some crash the HDF5 library.
+    Before anything is built, sizes, links and configs are checked, so that a hostile file neither
+    fills the memory nor leads elsewhere, and holds no code.
+
+    Keras restores no compiled `.h5` whose loss or metric is a string such as "mse" (pass
+    `compile=False`). Prefer `.keras`.
+
+    Args:
+        path: the file.
+        custom_objects: classes and functions of your own that are not registered, by name.
+        compile: restore the optimizer, loss and metrics too.
+        keep_codes: let converted layers hold integer codes in memory, of one or two bytes each, and
+            decode them at every call: smaller, slower to load and to run, with the same outputs.
+            What is made of the model (a clone, a conversion, an unwrapped model) holds floats.
+        safe_mode: refuse files with code in them, such as a `Lambda` around a Python function. With
+            False that code is run: only for files that are yours.
+
+    Raises:
+        TypeError: `path` is no path, or `keep_codes` or `safe_mode` no bool.
+        OSError: the file cannot be read: it does not exist, is truncated or is damaged.
+        ValueError: it can be read, but holds no model that this package and Keras can rebuild.
+
+    Example:
+
+    ```python
+    import os, tempfile
+    import keras
+    import keras_qwrap as qi
+
+    quantizer = qi.WeightsSymmetricInferableQuantizer(8, 1.0, per_channel=False)
+    dense = qi.KerasQuantizationWrapper(keras.layers.Dense(2), {"kernel": quantizer})
+    model = keras.Sequential([keras.Input((3,)), dense])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.keras")
+        model.save(path)
+        print(qi.keras_load_quantized_model(path).name == model.name)  # True
+    ```
+    """
+    check_bool("keep_codes", keep_codes)
+    contents = checked_contents(path, check_bool("safe_mode", safe_mode))
+    allowance = Allowance(contents)
+    token = KEEP_CODES.set(keep_codes)
+    try:
+        model = build_model(contents, allowance, custom_objects, safe_mode)
+        if compile:
+            _count_metrics(contents, allowance, custom_objects)
+        _load_weights(model, contents, custom_objects, safe_mode, compile)
+        return model
+    except Exception as error:
+        allowance.check()
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"path: received '{contents.path}', expected a model that Keras saved and can rebuild "
+            "here. The file is damaged, was written by another version, or names classes that must "
+            "be imported or passed as `custom_objects`; compile=False leaves out loss, metrics and "
+            f"optimizer. The reason was {_reason(error)}"
+        ) from error
+    finally:
+        KEEP_CODES.reset(token)
+
+
+def _load_weights(
+    model: keras.Model,
+    contents: Contents,
+    custom_objects: Mapping[str, Any] | None,
+    safe_mode: bool,
+    compile: bool,
+) -> None:
+    """Compile a model if its file says so, and give it its weights and the optimizer's."""
+    training = contents.training if compile else None
+    if not contents.legacy:
+        if training:
+            compile_as_described(model, training, custom_objects, False, safe_mode)
+        with zipfile.ZipFile(io.BytesIO(contents.data)) as archive:
+            load_state(model, contents.arrays, archive)
+        return
+    with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
+        load_legacy_weights(model, file, packed_in(model))
+        if training:
+            compile_as_described(model, training, custom_objects, True, safe_mode)
+            _load_legacy_optimizer(model, file)
+
+
+def _load_legacy_optimizer(model: keras.Model, file: h5py.File) -> None:
+    if "optimizer_weights" not in file:
+        return
+    group = file["optimizer_weights"]
+    arrays = [group[name][()] for name in names_in(group, "weight_names")]
+    model.optimizer.build(model.trainable_variables)
+    try:
+        model.optimizer.set_weights(arrays)
+    except ValueError as error:
+        warn(f"The state of the optimizer in the file does not fit and is left out: {error}")
+
+
+class Allowance:
+    """Refuses variables that are far larger in all than what a file holds.
+
+    Args:
+        contents: of the file.
+    """
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents, self._needed = contents, 0
+
+    def take(self, variable: keras.Variable) -> None:
+        """Count a variable, of which only shape and dtype are asked.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self._needed += prod(variable.shape) * _itemsize(variable.dtype)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse the file if what was counted so far is too much.
+
+        Raises:
+            ValueError: it is.
+        """
+        check_size(self._contents.path, "variables", self._needed, self._contents.stored)
+
+
+def build_model(
+    contents: Contents,
+    allowance: Allowance,
+    custom_objects: Mapping[str, Any] | None = None,
+    safe_mode: bool = True,
+) -> keras.Model:
+    """The model that a file describes, without its weights, and not compiled.
+
+    Its variables are counted before they take memory. What Keras cannot build while they are (a
+    layer of a user's makes a variable of an array) is built without.
+    """
+    described = partial(described_model, contents.text, custom_objects, contents.legacy, safe_mode)
+    try:
+        with variables_watched(allowance.take):
+            return described()
+    except Exception:
+        allowance.check()
+        return described()
+
+
+def _count_metrics(
+    contents: Contents, allowance: Allowance, custom_objects: Mapping[str, Any] | None
+) -> None:
+    """Count the variables of metrics; optimizers have a few for each of the model's."""
+    for metric in _described(contents.losses_and_metrics):
+        with suppress(Exception), variables_watched(allowance.take):
+            keras.metrics.deserialize(metric, custom_objects)
+    allowance.check()
+
+
+def _described(config: Any) -> Iterator[dict]:
+    """The outermost objects that a config describes."""
+    if isinstance(config, dict) and "class_name" in config:
+        yield config
+    elif isinstance(config, (dict, list)):
+        for part in config.values() if isinstance(config, dict) else config:
+            yield from _described(part)
+
+
+def _itemsize(dtype: str) -> int:
+    return max(1, int("".join(filter(str.isdecimal, dtype)) or 8) // 8)
+
+
+def _reason(error: BaseException) -> str:
+    error = innermost(error)
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"

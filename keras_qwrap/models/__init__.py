@@ -1,0 +1,1 @@
+"""Whole models: their graphs, copies of them, and what they are converted to."""

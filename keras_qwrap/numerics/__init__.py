@@ -1,0 +1,1 @@
+"""Numbers alone: grids, rounding, ranges, packing. Nothing here knows a layer or a quantizer."""

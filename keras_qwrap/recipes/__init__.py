@@ -1,0 +1,1 @@
+"""What to quantize, and how, in a whole model."""

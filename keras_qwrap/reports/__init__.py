@@ -1,0 +1,1 @@
+"""What became of a model, and what a file holds, for people to read."""
