@@ -17,7 +17,7 @@ from keras_qwrap.layers.owner import quantizers_in
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 
 M = qi.QuantizationMethod
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 X = np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
 Y = np.tanh(X[:, :2])
 STEPS = 3

@@ -453,10 +453,9 @@ class Featureless(layers.Layer):
 LOAD = """
 import sys
 import keras, keras_qwrap, numpy
-sys.path.insert(0, sys.argv[1])
 from test_remaking import CUSTOM, X
-model = keras.models.load_model(sys.argv[2], CUSTOM)
-numpy.save(sys.argv[3], model.predict(X, verbose=0))
+model = keras.models.load_model(sys.argv[1], CUSTOM)
+numpy.save(sys.argv[2], model.predict(X, verbose=0))
 """
 
 
@@ -465,9 +464,9 @@ def test_a_fresh_process_predicts_the_same(tmp_path):
     model = perturbed(MODELS["function, list, dictionary"])
     quantized = qi.quantize_model(model, "w8a8", X, verbose=0)
     quantized.save(tmp_path / "model.keras")
-    tests = Path(__file__).resolve().parent
-    arguments = [str(tests), str(tmp_path / "model.keras"), str(tmp_path / "y.npy")]
-    environment = os.environ | {"PYTHONPATH": str(tests.parent)}
+    here, tests, root = Path(__file__).resolve().parents[:3]
+    arguments = [str(tmp_path / "model.keras"), str(tmp_path / "y.npy")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, tests, root)))}
     subprocess.run(
         [sys.executable, "-c", LOAD, *arguments], cwd=tmp_path, env=environment, check=True
     )

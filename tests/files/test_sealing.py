@@ -386,7 +386,7 @@ def kill_at_random(tmp_path, ending, times):
     path = place / f"model{ending}"
     first = next(iter(made))
     write_whole(str(path), partial(shutil.copyfile, first))
-    script = Path(__file__).with_name("sealing_child.py")
+    script = Path(__file__).resolve().parents[1] / "sealing_child.py"
     generator = random.Random(0)
     found = []
     for _ in range(times):

@@ -318,7 +318,7 @@ def test_a_fresh_process_predicts_the_same(tmp_path):
     quantized.compile(jit_compile=False)
     quantized.save(tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", X)
-    tests = Path(__file__).resolve().parent
+    tests = Path(__file__).resolve().parents[1]
     paths = [str(tests), *(str(tmp_path / n) for n in ("model.keras", "x.npy", "y.npy"))]
     environment = os.environ | {"PYTHONPATH": str(tests.parent)}
     subprocess.run([sys.executable, "-c", LOAD, *paths], cwd=tmp_path, env=environment, check=True)

@@ -12,7 +12,7 @@ import pytest
 
 import keras_qwrap as qi
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 X = np.random.default_rng(0).normal(size=(8, 6, 6, 2)).astype("float32")
 METHOD = qi.QuantizationMethod
 
