@@ -28,6 +28,9 @@ FAMILIES = {
 }
 """Smallest member of each family of keras.applications, and the side of its smallest images."""
 
+ALWAYS = ("MobileNetV2", "MobileNetV3Small", "VGG16")
+"""Those of them that every run of the tests takes."""
+
 
 def live(model, inputs, targets, tmp_path, loss):
     """Quantize, calibrate, train a step, convert, save and reload; all outputs must be equal."""
@@ -95,7 +98,9 @@ def test_no_family_of_keras_applications_is_missing():
 @pytest.mark.slow
 @pytest.mark.tensorflow
 @pytest.mark.filterwarnings("ignore:calibrate. the activation of")  # random weights: dead layers
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ALWAYS else pytest.mark.zoo) for n in FAMILIES]
+)
 def test_a_family_of_keras_applications(name, tmp_path):
     keras.utils.set_random_seed(0)
     side = FAMILIES[name]

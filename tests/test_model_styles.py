@@ -490,6 +490,8 @@ STYLES = [
     time_series_transformer,
     tutorial,
 ]
+ALWAYS = [text_transformer, siamese, graph_network, detection, tutorial]
+"""Those of them that every run of the tests takes."""
 
 
 def outputs(model: keras.Model, x: Any) -> list[np.ndarray]:
@@ -528,7 +530,10 @@ def moved(data: Any) -> Any:
     return keras.tree.map_structure(change, data)
 
 
-@pytest.fixture(params=STYLES, ids=lambda make: make.__name__)
+@pytest.fixture(
+    params=[pytest.param(s, marks=[] if s in ALWAYS else pytest.mark.zoo) for s in STYLES],
+    ids=lambda make: make.__name__,
+)
 def style(request: pytest.FixtureRequest) -> Style:
     made = request.param()
     # A batch normalization that has seen nothing is the identity, and biases start at zero.
