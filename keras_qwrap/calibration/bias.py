@@ -90,32 +90,52 @@ def correct_biases(
             "a model with wrapped Dense, EinsumDense or convolution layers that have a bias",
             "Do without bias correction.",
         )
-    found: dict[str, _Mean] = {}
+    wanted_offsets = {path: wanted_offsets[path] for path in offsets}
+    found = {path: _Mean() for path in offsets}
     with state_kept(model):
         for inputs in batches(model, data, batch_size, steps):
-            means: dict[str, list[Tensor]] = {path: [] for path in offsets}
-
-            def measure(path: str, outputs: Tensor, means: dict = means) -> Tensor:
-                means[path].append(wanted_offsets[path].mean(outputs))
-                return outputs
-
-            with _before_activation(
-                {path: wanted_offsets[path].layer for path in offsets}, measure
-            ):
-                reference(inputs, training=False)
+            means = _means(reference, wanted_offsets, inputs)
             rows = len(keras.tree.flatten(inputs)[0])
-
-            def shift(path: str, outputs: Tensor, means: dict = means, rows: int = rows) -> Tensor:
-                difference = means[path].pop(0) - offsets[path].mean(outputs)
-                found.setdefault(path, _Mean()).add(to_numpy(difference), rows)
-                return outputs + ops.cast(difference, outputs.dtype)
-
-            with _before_activation(
-                {path: offset.layer for path, offset in offsets.items()}, shift
-            ):
-                model(inputs, training=False)
+            for path, difference in _differences(model, offsets, inputs, means):
+                found[path].add(difference, rows)
     for path, mean in found.items():
-        offsets[path].move(mean.value)
+        if mean.weight:
+            offsets[path].move(mean.value)
+
+
+def _means(
+    model: keras.Model, offsets: Mapping[str, "_Offset"], inputs: Any
+) -> dict[str, list[Tensor]]:
+    """The mean of each layer's output in one batch, at each call: some layers call one in turn."""
+    means: dict[str, list[Tensor]] = {path: [] for path in offsets}
+
+    def measure(path: str, outputs: Tensor) -> Tensor:
+        means[path].append(offsets[path].mean(outputs))
+        return outputs
+
+    with _before_activation(offsets, measure):
+        model(inputs, training=False)
+    return means
+
+
+def _differences(
+    model: keras.Model,
+    offsets: Mapping[str, "_Offset"],
+    inputs: Any,
+    means: Mapping[str, list[Tensor]],
+) -> list[tuple[str, np.ndarray]]:
+    """What each layer's output lacks of `means` in one batch, if those before it lack nothing."""
+    found: list[tuple[str, np.ndarray]] = []
+    waiting = {path: iter(each) for path, each in means.items()}
+
+    def shift(path: str, outputs: Tensor) -> Tensor:
+        difference = next(waiting[path]) - offsets[path].mean(outputs)
+        found.append((path, to_numpy(difference)))
+        return outputs + ops.cast(difference, outputs.dtype)
+
+    with _before_activation(offsets, shift):
+        model(inputs, training=False)
+    return found
 
 
 @dataclass
@@ -220,9 +240,10 @@ def _normalizations(model: keras.Model) -> dict[int, keras.Layer]:
 
 @contextmanager
 def _before_activation(
-    layers: Mapping[str, keras.Layer], see: Callable[[str, Tensor], Tensor]
+    offsets: Mapping[str, _Offset], see: Callable[[str, Tensor], Tensor]
 ) -> Iterator[None]:
     """Let `see(path, outputs)` say what each layer's activation function gets."""
+    layers = {path: offset.layer for path, offset in offsets.items()}
     functions = {path: layer.activation for path, layer in layers.items()}
     try:
         for path, layer in layers.items():
