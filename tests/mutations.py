@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from keras_qwrap.files import sealing
+from keras_qwrap.files.containers import SEAL_SIZE, Archive, seal
 
 SECONDS, MEBIBYTES = 10, 1024
 DEPTHS = (50, 900, 5000)
@@ -214,7 +214,7 @@ def structural(base: bytes, ending: str, path: Path, chance: random.Random) -> N
                 file.attrs[name] = text_of(config)
             else:
                 change_arrays(file, chance)
-        sealing.seal(str(path))
+        path.write_bytes(sealed(bytes(512) + path.read_bytes(), 0))
         return
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -242,7 +242,16 @@ def structural(base: bytes, ending: str, path: Path, chance: random.Random) -> N
     with zipfile.ZipFile(path, "w", packed) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    sealing.seal(str(path))
+        archive.comment = bytes(SEAL_SIZE)
+    whole = path.read_bytes()
+    path.write_bytes(sealed(whole, Archive.seal_place(len(whole))))
+
+
+def sealed(data: bytes, place: int) -> bytes:
+    """A file with its digest."""
+    room = bytearray(data)
+    seal(room, place)
+    return bytes(room)
 
 
 def bytewise(base: bytes, ending: str, path: Path, chance: random.Random) -> None:

@@ -9,16 +9,16 @@ from functools import partial
 
 def load(path):
     """A module of the package without the package, which would import TensorFlow."""
-    spec = importlib.util.spec_from_file_location("sealing", path)
+    spec = importlib.util.spec_from_file_location("containers", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def main(module, path, first, second):
-    sealing = load(module)
+    containers = load(module)
     for source in itertools.cycle((first, second)):
-        sealing.write_whole(path, partial(shutil.copyfile, source))
+        containers.write_whole(path, partial(shutil.copyfile, source))
         print(source, flush=True)
 
 

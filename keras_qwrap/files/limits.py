@@ -1,14 +1,11 @@
-"""What a file holds, read with zipfile, json and h5py alone, and checked.
+"""What is refused of a file before anything is built from it.
 
 A file may come from anywhere. So sizes are those that its bytes can stand for, nothing leads out of
 it, and no code is in it.
 """
 
 import io
-import json
 import os
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from keras_qwrap.files.sealing import is_archive, is_hdf5, read_checked
+from keras_qwrap.files.containers import FORMATS, Container, array_of, read_checked
 from keras_qwrap.numerics.checks import bad_type, bad_value
 
 _MOST_TIMES = 20
@@ -36,7 +33,6 @@ _SHAPES = ("shape", "shapes", "__keras_qwrap_tensor__")
 
 _CODE = ("__lambda__", "TorchModuleWrapper", "TFSMLayer")
 _TRUST = "The file is damaged or hostile; if you trust it, `keras.models.load_model` loads it."
-_ARRAYS, _CONFIG, _METADATA = "model.weights.h5", "config.json", "metadata.json"
 
 
 @dataclass(frozen=True)
@@ -45,39 +41,37 @@ class Contents:
 
     Attributes:
         path: the file.
-        data: all its bytes.
-        hdf5: the bytes of the HDF5 file that holds the arrays: a part of the archive, or all.
-        arrays: by path in that file; read-only.
+        container: its bytes.
+        digest: that in the seal, which was checked; None in a file without one.
         text: the config of the model, as JSON; in a `.keras` archive that of its training too.
         config: of the model.
         training: of optimizer, loss and metrics.
-        stored: bytes that all arrays take in the file.
         keras_version: of the Keras that wrote it.
-        digest: that in the seal, which was checked; None in a file without one.
-        legacy: whether it is an HDF5 file.
-        found: what was looked for in the arrays.
+        arrays: by path in the HDF5 file; read-only.
+        stored: bytes that all arrays take in the file.
     """
 
     path: str
-    data: bytes
-    hdf5: bytes
-    arrays: dict[str, Any]
+    container: Container
+    digest: str | None
     text: str | bytes
     config: Any
     training: Any
-    stored: int
     keras_version: str | None
-    digest: str | None
-    legacy: bool
-    found: Any
+    arrays: dict[str, np.ndarray]
+    stored: int
 
     @property
     def losses_and_metrics(self) -> Any:
         """`training` without the optimizer."""
-        return _without(self.training, "optimizer", "optimizer_config")
+        if not isinstance(self.training, dict):
+            return self.training
+        return {
+            k: v for k, v in self.training.items() if k not in ("optimizer", "optimizer_config")
+        }
 
 
-def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: None) -> Contents:
+def read_contents(path: Any) -> Contents:
     """What a file holds; refused where it is no model's, damaged or hostile.
 
     A sealed file has the bytes that were sealed, and a `.keras` archive those of its checksums. All
@@ -87,7 +81,6 @@ def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: Non
 
     Args:
         path: the file.
-        look: a function of the HDF5 file of arrays, once that is checked.
 
     Raises:
         TypeError: `path` is no path.
@@ -100,16 +93,44 @@ def read_contents(path: Any, look: Callable[[h5py.File], Any] = lambda file: Non
     if not os.path.isfile(path):
         raise OSError(f"path: received '{path}', expected an existing file. Check the name.")
     data, digest = read_checked(path)
-    if is_archive(data):
-        return _read(_read_archive, path, data, digest, look, "a whole .keras archive")
-    if is_hdf5(data):
-        return _read(_read_hdf5, path, data, digest, look, "a whole HDF5 file")
-    raise bad_value(
-        "path",
-        path,
-        "a .keras archive or an HDF5 file",
-        "The file is truncated or damaged, or was not saved by Keras.",
-    )
+    kind = next((kind for kind in FORMATS if kind.holds(data)), None)
+    if kind is None:
+        raise bad_value(
+            "path",
+            path,
+            "a .keras archive or an HDF5 file",
+            "The file is truncated or damaged, or was not saved by Keras.",
+        )
+    try:
+        return _contents(path, kind(data), digest)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"path: received '{path}', expected {kind.title}; reading it failed with "
+            f"{type(error).__name__}: {str(error)[:400]}. Save the model again."
+        ) from error
+
+
+def _contents(path: str, container: Container, digest: str | None) -> Contents:
+    members = container.members()
+    check_size(path, "members", sum(size for _, size in members), len(container.data))
+    _check_names(path, [name for name, _ in members])
+    lacks = container.lacks()
+    if lacks is not None:
+        raise bad_value("path", path, *lacks)
+    container.check()
+    try:
+        found = container.description()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"path: received '{path}', expected a model's config as JSON in it; reading it failed "
+            f"with {type(error).__name__}: {error}. The file is damaged, or was not saved by Keras."
+        ) from error
+    data = container.hdf5()
+    with h5py.File(io.BytesIO(data), "r") as file:
+        arrays, stored = _checked_arrays(path, data, file)
+    return Contents(path, container, digest, **vars(found), arrays=arrays, stored=stored)
 
 
 def checked_contents(path: Any, safe_mode: bool = True) -> Contents:
@@ -126,27 +147,13 @@ def checked_contents(path: Any, safe_mode: bool = True) -> Contents:
             the bytes of the arrays. Other numbers may be as large as they like.
     """
     contents = read_contents(path)
-    endings = (".h5", ".hdf5") if contents.legacy else (".keras",)
+    endings = contents.container.endings
     if not contents.path.endswith(endings):
         expected = f"the ending {' or '.join(endings)}"
         raise bad_value("path", contents.path, expected, "Rename the file.")
     configs = [contents.config, contents.losses_and_metrics]
     _check_config(contents.path, configs, contents.stored, safe_mode)
     return contents
-
-
-def _read(
-    read: Callable, path: str, data: bytes, digest: str | None, look: Callable, expected: str
-) -> Contents:
-    try:
-        return read(path, data, digest, look)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise OSError(
-            f"path: received '{path}', expected {expected}; reading it failed with "
-            f"{type(error).__name__}: {str(error)[:400]}. Save the model again."
-        ) from error
 
 
 def check_size(path: str, what: str, size: int, source: int) -> None:
@@ -163,87 +170,6 @@ def _hostile(path: str, received: str, expected: str) -> ValueError:
     return ValueError(f"path: received '{path}' with {received}, expected {expected}. {_TRUST}")
 
 
-def _read_archive(path: str, data: bytes, digest: str | None, look: Callable) -> Contents:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = archive.infolist()
-        names = [member.filename for member in members]
-        check_size(path, "members", sum(member.file_size for member in members), len(data))
-        _check_names(path, names)
-        missing = sorted({_CONFIG, _ARRAYS} - set(names))
-        if missing:
-            raise bad_value(
-                "path", path, f"a .keras archive that holds {missing}", "It was not saved by Keras."
-            )
-        kept = {name: _member(archive, name) for name in (_CONFIG, _METADATA, _ARRAYS)}
-        for name in set(names) - set(kept):
-            _member(archive, name)
-    config = _parsed(path, kept[_CONFIG])
-    with h5py.File(io.BytesIO(kept[_ARRAYS]), "r") as file:
-        stored, arrays = _checked_arrays(path, kept[_ARRAYS], file)
-        found = look(file)
-    return Contents(
-        path,
-        data,
-        hdf5=kept[_ARRAYS],
-        arrays=arrays,
-        text=kept[_CONFIG],
-        config=_without(config, "compile_config"),
-        training=_part(config, "compile_config"),
-        stored=stored,
-        keras_version=_part(_parsed(path, kept[_METADATA]), "keras_version"),
-        digest=digest,
-        legacy=False,
-        found=found,
-    )
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """The bytes of a member, which have its checksum; an empty object where there is none."""
-    try:
-        return archive.read(name)
-    except KeyError:
-        return b"{}"
-    except zipfile.BadZipFile as error:
-        raise zipfile.BadZipFile(f"'{name}' in it is damaged") from error
-
-
-def _read_hdf5(path: str, data: bytes, digest: str | None, look: Callable) -> Contents:
-    with h5py.File(io.BytesIO(data), "r") as file:
-        if "model_config" not in file.attrs:
-            raise bad_value(
-                "path",
-                path,
-                "an HDF5 file with a model's config",
-                "A file of weights alone is loaded with `model.load_weights`.",
-            )
-        text = file.attrs["model_config"]
-        stored, arrays = _checked_arrays(path, data, file)
-        return Contents(
-            path,
-            data,
-            hdf5=data,
-            arrays=arrays,
-            text=text,
-            config=_parsed(path, text),
-            training=_parsed(path, file.attrs.get("training_config", "null")),
-            stored=stored,
-            keras_version=file.attrs.get("keras_version"),
-            digest=digest,
-            legacy=True,
-            found=look(file),
-        )
-
-
-def _part(config: Any, key: str) -> Any:
-    return config.get(key) if isinstance(config, dict) else None
-
-
-def _without(config: Any, *keys: str) -> Any:
-    if not isinstance(config, dict):
-        return config
-    return {name: part for name, part in config.items() if name not in keys}
-
-
 def _check_names(path: str, names: list[str]) -> None:
     for name in names:
         parts = name.replace("\\", "/").split("/")
@@ -253,18 +179,8 @@ def _check_names(path: str, names: list[str]) -> None:
         raise _hostile(path, "two members of one name", "one of each")
 
 
-def _parsed(path: str, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"path: received '{path}', expected a model's config as JSON in it; reading it failed "
-            f"with {type(error).__name__}: {error}. The file is damaged, or was not saved by Keras."
-        ) from error
-
-
-def _checked_arrays(path: str, data: bytes, file: h5py.File) -> tuple[int, dict[str, Any]]:
-    """The bytes that all arrays take, and the arrays; each must be in the file, once."""
+def _checked_arrays(path: str, data: bytes, file: h5py.File) -> tuple[dict[str, np.ndarray], int]:
+    """The arrays, and the bytes that all of them take; each must be in the file, once."""
     size = stored = 0
     found: dict[str, h5py.h5d.DatasetID] = {}
     seen = {h5py.h5o.get_info(file.id).addr}
@@ -294,20 +210,7 @@ def _checked_arrays(path: str, data: bytes, file: h5py.File) -> tuple[int, dict[
             stored += part.get_storage_size()
             found[name] = part
     check_size(path, "arrays", size, stored)
-    return stored, {name: _array(part, data) for name, part in found.items()}
-
-
-def _array(part: h5py.h5d.DatasetID, data: bytes) -> Any:
-    """An array of an HDF5 file, which is not copied where it lies there as it does in memory."""
-    dtype, size = part.dtype, part.get_storage_size()
-    if size and size == prod(part.shape) * dtype.itemsize and dtype.kind in "biuf":
-        offset = part.get_offset()
-        if offset is not None:  # It is neither compressed nor in chunks.
-            return np.frombuffer(data, dtype, prod(part.shape), offset).reshape(part.shape)
-    dataset = h5py.Dataset(part)
-    # HDF5 knows no bfloat16: Keras says by an attribute what such bytes are.
-    named = dataset.attrs.get("dtype") if dtype.kind == "V" else None
-    return dataset[()] if named is None else np.array(dataset, dtype=named)
+    return {name: array_of(part, data) for name, part in found.items()}, stored
 
 
 def _check_config(path: str, config: Any, stored: int, safe_mode: bool) -> None:

@@ -1,19 +1,17 @@
 """Models in the files of Sony's MCT, which are Keras 2 models, as models of this package."""
 
-import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any, TypeAlias
 
-import h5py
 import keras
 import numpy as np
 
+from keras_qwrap.files.containers import Legacy
 from keras_qwrap.files.limits import Contents, checked_contents
 from keras_qwrap.files.saving import Allowance, build_model, save_quantized_model
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
@@ -102,16 +100,15 @@ def _migrated(contents: Contents) -> keras.Model:
     config = _without_metadata(contents.config)
     _check_parts(contents.path, config)
     config = _translated(config)
-    translated = replace(contents, text=json.dumps(config), legacy=True)
-    model = build_model(translated, Allowance(contents))
-    with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
-        if contents.legacy:
-            pairs = list(_from_hdf5(model, file["model_weights"]))
-        else:
-            pairs = list(_from_archive(model, file))
+    model = build_model(json.dumps(config), True, Allowance(contents))
+    file, arrays = contents.container, contents.arrays
+    if isinstance(file, Legacy):
+        pairs = list(_from_hdf5(model, file.weights(arrays)))
+    else:
+        pairs = list(_from_archive(model, _nested(arrays)["layers"]))
     given = [(slot, array) for slot, array in pairs if slot is not None]
     for slot, array in given:
-        slot.assign(array)
+        slot.assign(np.array(array))  # A backend may share memory with what it is given.
     _check_all_given(contents.path, model, {id(slot) for slot, _ in given})
     return model
 
@@ -314,19 +311,12 @@ def _unknown(name: str, config: dict) -> dict:
     return {key: value for key, value in config.items() if key not in taken}
 
 
-def _from_hdf5(model: keras.Model, root: h5py.Group) -> Iterator[Pair]:
+def _from_hdf5(model: keras.Model, saved: dict[str, list[np.ndarray]]) -> Iterator[Pair]:
     """Variables and arrays of a legacy file: a list for each layer, trainable ones first."""
     for layer in model.layers:
-        if layer.name not in root:
-            continue
-        group = root[layer.name]
-        names = [_text(name) for name in group.attrs["weight_names"]]
-        trainable, others = _in_order(layer)
-        yield from _paired(layer, [*trainable, *others], [group[name][()] for name in names])
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
+        if layer.name in saved:
+            trainable, others = _in_order(layer)
+            yield from _paired(layer, [*trainable, *others], saved[layer.name])
 
 
 def _in_order(layer: keras.Layer) -> tuple[Slots, Slots]:
@@ -348,37 +338,47 @@ def _quantized(wrapper: KerasQuantizationWrapper) -> list[keras.Variable]:
     return [find_weight(wrapper.layer, path) for path in wrapper.weights_quantizers]
 
 
-def _from_archive(model: keras.Model, root: h5py.Group) -> Iterator[Pair]:
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict:
+    """Arrays by path as dictionaries in each other."""
+    root: dict = {}
+    for path, array in arrays.items():
+        *groups, name = path.split("/")
+        inner = root
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = array
+    return root
+
+
+def _from_archive(model: keras.Model, saved: dict) -> Iterator[Pair]:
     """Variables and arrays of a `.keras` file: groups as layers are in each other."""
-    for layer, group in _listed(model.layers, root["layers"]):
+    for layer, group in _listed(model.layers, saved):
         yield from _from_group(layer, group)
 
 
-def _listed(layers: list, group: h5py.Group) -> Iterator[tuple[Any, h5py.Group]]:
+def _listed(layers: list, groups: dict) -> Iterator[tuple[Any, dict]]:
     """The group of each layer in a list: they are named by class, and counted."""
     taken: Counter = Counter()
     for layer in layers:
         stem = _snake_case(type(layer).__name__)
-        yield layer, group[f"{stem}_{taken[stem]}" if taken[stem] else stem]
+        yield layer, groups.get(f"{stem}_{taken[stem]}" if taken[stem] else stem, {})
         taken[stem] += 1
 
 
-def _from_group(layer: keras.Layer, group: h5py.Group) -> Iterator[Pair]:
+def _from_group(layer: keras.Layer, group: dict) -> Iterator[Pair]:
     if isinstance(layer, keras.Model):
-        yield from _from_archive(layer, group)
+        yield from _from_archive(layer, group.get("layers", {}))
     elif isinstance(layer, KerasActivationQuantizationHolder):
         yield from _paired(layer, [None], _own(group))
     elif isinstance(layer, KerasQuantizationWrapper):
         quantized = _quantized(layer)
         yield from _paired(layer, [*quantized, None], _own(group))
-        yield from _from_layer(layer.layer, group["layer"], quantized)
+        yield from _from_layer(layer.layer, group.get("layer", {}), quantized)
     else:
         yield from _from_layer(layer, group, [])
 
 
-def _from_layer(
-    layer: keras.Layer, group: h5py.Group, taken: list[keras.Variable]
-) -> Iterator[Pair]:
+def _from_layer(layer: keras.Layer, group: dict, taken: list[keras.Variable]) -> Iterator[Pair]:
     """Those of one of Keras' layers, and of the layers that are its attributes."""
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
     yield from _paired(layer, [v for v in own if all(v is not t for t in taken)], _own(group))
@@ -391,9 +391,9 @@ def _from_layer(
                 yield from _from_layer(listed, inner, taken)
 
 
-def _own(group: h5py.Group) -> list[np.ndarray]:
+def _own(group: dict) -> list[np.ndarray]:
     arrays = group.get("vars", {})
-    return [arrays[str(i)][()] for i in range(len(arrays))]
+    return [arrays[str(i)] for i in range(len(arrays))]
 
 
 def _paired(layer: keras.Layer, slots: Slots, arrays: list[np.ndarray]) -> Iterator[Pair]:

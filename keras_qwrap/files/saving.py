@@ -1,22 +1,24 @@
 """Loading quantized models, and the classes that a saved file may name."""
 
-import io
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from math import prod
 from typing import Any
 
-import h5py
 import keras
+import numpy as np
 
+from keras_qwrap.files.containers import (
+    IN_NO_LAYER,
+    OF_OPTIMIZER,
+    Archive,
+    Legacy,
+    write_whole,
+)
 from keras_qwrap.files.limits import Contents, check_size, checked_contents
-from keras_qwrap.files.sealing import write_whole
-from keras_qwrap.files.tightening import tighten
 from keras_qwrap.layers.building import packed_in
-from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
 from keras_qwrap.layers.keras_internals import (
     compile_as_described,
     described_model,
@@ -26,18 +28,13 @@ from keras_qwrap.layers.keras_internals import (
 from keras_qwrap.layers.packed import (
     KEEP_CODES,
     load_legacy_weights,
-    names_in,
     packed_arrays,
 )
-from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
-from keras_qwrap.models.subclassed import QuantizedModel
 from keras_qwrap.numerics.channels import check_bool
 from keras_qwrap.numerics.checks import bad_type, bad_value, innermost, no_model, warn
-from keras_qwrap.quantizers import config, inferable, moving_average, ste
 from keras_qwrap.quantizers.config import PACKAGE
 
-_LEGACY = (".h5", ".hdf5")
-_OF_WEIGHTS = tuple(f".weights{ending}" for ending in _LEGACY)
+_OF_WEIGHTS = tuple(f".weights{ending}" for ending in Legacy.endings)
 
 
 def custom_objects() -> dict[str, type]:
@@ -54,15 +51,8 @@ def custom_objects() -> dict[str, type]:
     print(qi.custom_objects()["keras_qwrap>KerasQuantizationWrapper"].__name__)
     ```
     """
-    classes = [KerasQuantizationWrapper, KerasActivationQuantizationHolder, QuantizedModel]
-    for module in (config, inferable, ste, moving_average):
-        classes += [
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and value.__module__ == module.__name__
-        ]
-    names = {keras.saving.get_registered_name(cls): cls for cls in classes}
-    return {name: cls for name, cls in names.items() if name.startswith(f"{PACKAGE}>")}
+    registered = keras.saving.get_custom_objects().items()
+    return {name: cls for name, cls in registered if name.startswith(f"{PACKAGE}>")}
 
 
 def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
@@ -110,16 +100,11 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
             "the ending .keras or .h5, for a whole model",
             "`model.save_weights(path)` saves weights alone; or leave `.weights` out.",
         )
-    if not path.endswith((".keras", *_LEGACY)):
+    if not path.endswith((*Archive.endings, *Legacy.endings)):
         raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
-    write_whole(path, partial(_write, model))
-
-
-def _write(model: keras.Model, path: str) -> None:
-    model.save(path)
     # Into an archive, layers write packed codes themselves.
-    packed = packed_arrays(model, packed_in(model)) if path.endswith(_LEGACY) else {}
-    tighten(path, {name: weight.packed for name, weight in packed.items()})
+    packed = packed_arrays(model, packed_in(model)) if path.endswith(Legacy.endings) else {}
+    write_whole(path, model.save, {name: weight.packed for name, weight in packed.items()})
 
 
 def keras_load_quantized_model(
@@ -176,7 +161,8 @@ def keras_load_quantized_model(
     allowance = Allowance(contents)
     token = KEEP_CODES.set(keep_codes)
     try:
-        model = build_model(contents, allowance, custom_objects, safe_mode)
+        legacy = contents.container.legacy
+        model = build_model(contents.text, legacy, allowance, custom_objects, safe_mode)
         if compile:
             _count_metrics(contents, allowance, custom_objects)
         _load_weights(model, contents, custom_objects, safe_mode, compile)
@@ -203,27 +189,25 @@ def _load_weights(
 ) -> None:
     """Compile a model if its file says so, and give it its weights and the optimizer's."""
     training = contents.training if compile else None
-    if not contents.legacy:
+    file, arrays = contents.container, contents.arrays
+    if isinstance(file, Archive):
         if training:
             compile_as_described(model, training, custom_objects, False, safe_mode)
-        with zipfile.ZipFile(io.BytesIO(contents.data)) as archive:
-            load_state(model, contents.arrays, archive)
-        return
-    with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
-        load_legacy_weights(model, file, packed_in(model))
+        load_state(model, arrays, file.zip)
+    elif isinstance(file, Legacy):
+        of_model = file.listed(IN_NO_LAYER, arrays)
+        load_legacy_weights(model, file.weights(arrays), of_model, packed_in(model))
         if training:
             compile_as_described(model, training, custom_objects, True, safe_mode)
-            _load_legacy_optimizer(model, file)
+            _load_legacy_optimizer(model, file.listed(OF_OPTIMIZER, arrays))
 
 
-def _load_legacy_optimizer(model: keras.Model, file: h5py.File) -> None:
-    if "optimizer_weights" not in file:
+def _load_legacy_optimizer(model: keras.Model, state: list[np.ndarray] | None) -> None:
+    if state is None:
         return
-    group = file["optimizer_weights"]
-    arrays = [group[name][()] for name in names_in(group, "weight_names")]
     model.optimizer.build(model.trainable_variables)
     try:
-        model.optimizer.set_weights(arrays)
+        model.optimizer.set_weights(state)
     except ValueError as error:
         warn(f"The state of the optimizer in the file does not fit and is left out: {error}")
 
@@ -257,17 +241,18 @@ class Allowance:
 
 
 def build_model(
-    contents: Contents,
+    text: str | bytes,
+    legacy: bool,
     allowance: Allowance,
     custom_objects: Mapping[str, Any] | None = None,
     safe_mode: bool = True,
 ) -> keras.Model:
-    """The model that a file describes, without its weights, and not compiled.
+    """The model that the config of a file describes, without its weights, and not compiled.
 
     Its variables are counted before they take memory. What Keras cannot build while they are (a
     layer of a user's makes a variable of an array) is built without.
     """
-    described = partial(described_model, contents.text, custom_objects, contents.legacy, safe_mode)
+    described = partial(described_model, text, custom_objects, legacy, safe_mode)
     try:
         with variables_watched(allowance.take):
             return described()

@@ -1,13 +1,11 @@
 """The quantized weights of converted layers as files hold them: packed integer codes."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from itertools import count, takewhile
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 from keras import ops
@@ -213,9 +211,6 @@ class CodesVariable(keras.Variable):
 Row = tuple[str, keras.Variable, BaseKerasInferableQuantizer]
 Packed = dict[int, PackedWeight]
 
-_WEIGHTS, _OF_MODEL = "model_weights", "top_level_model_weights"
-"""Groups of legacy `.h5` files."""
-
 
 def store_packed(layer: keras.Layer, rows: Iterable[Row]) -> Packed:
     """Let `layer` and the layers inside it save and load packed codes.
@@ -295,32 +290,40 @@ def _load(save: Callable, load: Callable, packed: Packed, store: Any) -> None:
 def packed_arrays(model: keras.Model, packed: Packed) -> dict[str, PackedWeight]:
     """What packs arrays of a legacy `.h5` file, in which Keras writes floats, by their names."""
     return {
-        f"{_WEIGHTS}/{layer.name}/{weight.path}": packed[id(weight)]
+        f"model_weights/{layer.name}/{weight.path}": packed[id(weight)]
         for layer in model.layers
         for weight in layer.weights
         if id(weight) in packed
     }
 
 
-def load_legacy_weights(model: keras.Model, file: h5py.File, packed: Packed) -> None:
+def load_legacy_weights(
+    model: keras.Model,
+    of_layers: Mapping[str, list[np.ndarray]],
+    of_model: list[np.ndarray] | None,
+    packed: Packed,
+) -> None:
     """Give a model the weights of a legacy `.h5` file, as Keras does, or packed codes of them.
+
+    Args:
+        model: the model.
+        of_layers: the weights of each layer that has some, in order.
+        of_model: those that are in no layer; None where the file says nothing of them.
+        packed: what packs the model's quantized weights.
 
     Raises:
         ValueError: they are not those of the model.
     """
-    root = file[_WEIGHTS]
     layers = [layer for layer in model.layers if layer.weights]
-    names = [name for name in names_in(root, "layer_names") if names_in(root[name], "weight_names")]
-    _check_number("layers with weights", len(names), len(layers))
-    for name, layer in zip(names, layers, strict=True):
+    _check_number("layers with weights", len(of_layers), len(layers))
+    for arrays, layer in zip(of_layers.values(), layers, strict=True):
         weights = [*layer.trainable_weights, *layer.non_trainable_weights]
-        _load_arrays(layer, weights, root[name], packed)
-    if _OF_MODEL in root:
-        _load_arrays(model, own_weights(model), root[_OF_MODEL], packed)
+        _load_arrays(layer, weights, arrays, packed)
+    if of_model is not None:
+        _load_arrays(model, own_weights(model), of_model, packed)
 
 
-def _load_arrays(layer: keras.Layer, weights: list, group: h5py.Group, packed: Packed) -> None:
-    arrays = [group[name][()] for name in names_in(group, "weight_names")]
+def _load_arrays(layer: keras.Layer, weights: list, arrays: list, packed: Packed) -> None:
     framed = [array for array in arrays if is_framed(array)]
     # Version 0.1.0 put packed codes behind all that is trained, Keras puts them where floats were.
     coded = [weight for weight in weights if framed and id(weight) in packed]
@@ -329,7 +332,7 @@ def _load_arrays(layer: keras.Layer, weights: list, group: h5py.Group, packed: P
     _check_number(f"packed weights of layer '{layer.name}'", len(framed), len(coded))
     _check_number(f"weights of layer '{layer.name}'", len(floats), len(others))
     for weight, array in zip(others, floats, strict=True):
-        weight.assign(array)
+        weight.assign(np.array(array))  # A backend may share memory with what it is given.
     for weight, array in zip(coded, framed, strict=True):
         weight.assign(packed[id(weight)].unpacked(array))
     if hasattr(layer, "finalize_state") and weights:
@@ -340,14 +343,6 @@ def _check_number(what: str, found: int, expected: int) -> None:
     if found != expected:
         fix = "The file is damaged, or is not of this model."
         raise bad_value(what, found, f"{expected}, as in the model", fix)
-
-
-def names_in(group: h5py.Group, key: str) -> list[str]:
-    """A list of names; Keras cuts long ones into several."""
-    cut = takewhile(group.attrs.__contains__, (f"{key}{i}" for i in count()))
-    keys = [key] if key in group.attrs else list(cut)
-    names = [name for each in keys for name in group.attrs[each]]
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
 class _Store:

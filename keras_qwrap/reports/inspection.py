@@ -1,17 +1,16 @@
 """What a saved file holds, read without building anything from it."""
 
-import io
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import h5py
 import keras
 import numpy as np
 
-from keras_qwrap.files.limits import read_contents
+from keras_qwrap.files.containers import Chain
+from keras_qwrap.files.limits import Contents, read_contents
 from keras_qwrap.layers.owner import Quantizer, inferable_twin
 from keras_qwrap.numerics.checks import bad_value
 from keras_qwrap.numerics.compact import expand
@@ -150,25 +149,21 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     contents = read_contents(path)
     try:
         layers = list(_layers(contents.config, (), root=True))
-        with h5py.File(io.BytesIO(contents.hdf5), "r") as file:
-            arrays = _Arrays(file)
-            found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
+        arrays = _Arrays(contents)
+        found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
     except RecursionError as error:
         raise bad_value(
             "path", contents.path, "a config of less depth", "The file is damaged or hostile."
         ) from error
     return InspectedFile(
         contents.path,
-        len(contents.data),
+        len(contents.container.data),
         contents.keras_version,
         contents.digest,
-        arrays.stored,
+        sum(array.nbytes for array in contents.arrays.values()),
         found,
     )
 
-
-Chain = tuple[str, ...]
-"""The names of the layers that something is in, outermost first."""
 
 _ENDS = ("threshold", "min_range", "max_range")
 _FIRST = ("kernel", "depthwise_kernel", "embeddings")
@@ -177,30 +172,18 @@ _SECOND = ("recurrent_kernel", "pointwise_kernel")
 
 
 class _Arrays:
-    """The arrays of a file, by the names of the layers that they are in.
+    """The arrays of a file, by the names of the layers that they are in."""
 
-    Attributes:
-        stored: bytes of all arrays.
-    """
-
-    def __init__(self, file: h5py.File) -> None:
-        self.stored = 0
+    def __init__(self, contents: Contents) -> None:
         self._packed: dict[tuple[Chain, str], list[np.ndarray]] = {}
-        self._named: dict[Chain, dict[str, h5py.Dataset]] = {}
-        self._numbered = "model_weights" not in file
-        names: list[str] = []
-        file.visit(names.append)
-        for name in names:
-            part = file[name]
-            if isinstance(part, h5py.Dataset):
-                self.stored += part.nbytes
-                chain, leaf = _chain(file, name), name.rpartition("/")[2]
-                self._named.setdefault(chain, {})[leaf] = part
-                if part.dtype == np.uint8 and part.ndim == 1:
-                    array = part[()]
-                    header = read_header(array)
-                    if header is not None:
-                        self._packed.setdefault((chain, header.path), []).append(array)
+        self._named: dict[Chain, dict[str, np.ndarray]] = {}
+        self._numbered = not contents.container.legacy
+        around = contents.container.layers_around(contents.arrays)
+        for path, array in contents.arrays.items():
+            self._named.setdefault(around[path], {})[path.rpartition("/")[2]] = array
+            header = read_header(array) if array.dtype == np.uint8 and array.ndim == 1 else None
+            if header is not None:
+                self._packed.setdefault((around[path], header.path), []).append(array)
 
     def take(self, names: Chain, role: str) -> np.ndarray | None:
         """The stored codes of a weight; each are given once."""
@@ -214,7 +197,7 @@ class _Arrays:
         """Those of a layer itself, in order, with their names if the file says them."""
         own = self._named.get(self._of(names), {})
         order = sorted(own, key=int) if self._numbered and all(map(str.isdecimal, own)) else own
-        return ((None if self._numbered else leaf, own[leaf][()]) for leaf in order)
+        return ((None if self._numbered else leaf, own[leaf]) for leaf in order)
 
     def _of(self, names: Chain) -> Chain:
         """The names by which a layer goes in the file."""
@@ -242,9 +225,9 @@ class _Arrays:
         keys = groups[chains[0]] if len(chains) == 1 else []
         if len(keys) == 2 and of_keras and leaf in (*_FIRST, *_SECOND):
             keys = keys[:1] if leaf in _FIRST else keys[1:]
-        return self._named[chains[0]][keys[0]][()] if len(keys) == 1 else None
+        return self._named[chains[0]][keys[0]] if len(keys) == 1 else None
 
-    def _may_be(self, leaf: str, key: str, part: h5py.Dataset) -> bool:
+    def _may_be(self, leaf: str, key: str, part: np.ndarray) -> bool:
         """Whether an array may be the kernel of that name."""
         return part.ndim > 1 and part.dtype.kind == "f" and (self._numbered or key == leaf)
 
@@ -302,16 +285,6 @@ class _Stored:
     def _forget_numbers(self) -> None:
         """By number it is not known which variables follow those of an unknown quantizer."""
         self._variables = [pair for pair in self._variables if pair[0] is not None]
-
-
-def _chain(file: h5py.File, name: str) -> Chain:
-    """Names of the layers that an array is in, outermost first."""
-    parts = name.split("/")
-    if parts[0] == "model_weights":
-        return tuple(parts[1:-1])
-    groups = ["/".join(parts[:i]) for i in range(1, len(parts))]
-    chain = [file[f"{group}/vars"].attrs.get("name") for group in groups if f"{group}/vars" in file]
-    return tuple(str(name) for name in chain if name)
 
 
 def _layers(node: Any, chain: Chain, root: bool = False) -> Iterator[tuple[Chain, str, dict]]:

@@ -22,11 +22,16 @@ from keras import layers
 from reference import refused, to_numpy
 
 import keras_qwrap as qi
-from keras_qwrap.files import sealing
-from keras_qwrap.files.sealing import check_seal, read_checked, write_whole
+from keras_qwrap.files import containers
+from keras_qwrap.files.containers import read_checked, write_whole
 
 ENDINGS = [".keras", ".h5"]
 X = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
+
+
+def check_seal(path):
+    """Whether a file is sealed, which is then checked."""
+    return read_checked(path)[1] is not None
 
 
 def model(seed=0):
@@ -390,7 +395,7 @@ def kill_at_random(tmp_path, ending, times):
     generator = random.Random(0)
     found = []
     for _ in range(times):
-        command = [sys.executable, str(script), sealing.__file__, str(path), *made]
+        command = [sys.executable, str(script), containers.__file__, str(path), *made]
         child = subprocess.Popen(command, stdout=subprocess.PIPE)
         child.stdout.readline()
         time.sleep(generator.uniform(0, 0.02))
@@ -436,7 +441,7 @@ def test_a_full_disk_leaves_the_old_file(ending, limit, tmp_path):
     path = place / f"model{ending}"
     write_whole(str(path), partial(shutil.copyfile, first))
     before = path.read_bytes()
-    command = [sys.executable, "-c", FILL, sealing.__file__, str(path), second, str(limit)]
+    command = [sys.executable, "-c", FILL, containers.__file__, str(path), second, str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "OSError" in done.stderr
