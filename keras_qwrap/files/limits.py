@@ -8,7 +8,7 @@ import io
 import os
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -20,16 +20,34 @@ _MOST_TIMES = 20
 _ROOM = 2**28
 _MOST_NODES = 10**6
 _MOST = 2**24
-_COUNTS = (
-    *("units", "filters", "groups", "tokens", "ngrams", "depth", "repeats", "sections"),
-    *("iterations", "dim", "size", "length", "height", "width", "multiplier", "num"),
+_SIZES = frozenset(
+    (
+        *("amax_history_length", "batch_size", "beam_width", "block_size", "chain_depth"),
+        *("crossing_dim", "depth_multiplier", "fft_length", "filter_size", "filters"),
+        *("frame_length", "gptq_unpacked_column_size", "groups", "hashing_dim", "head_dim"),
+        *("height", "indices_or_sections", "input_dim", "input_length", "kernel_size", "key_dim"),
+        *("length", "max_tokens", "maximum_iterations", "minlength", "ngrams", "num", "num_bins"),
+        *("num_bits", "num_chains", "num_classes", "num_discretization_bins", "num_heads"),
+        *("num_key_value_heads", "num_labels", "num_mel_bins", "num_oov_indices", "num_ops"),
+        *("num_query_heads", "num_regressors", "num_segments", "num_thresholds", "num_tokens"),
+        *("output_dim", "output_sequence_length", "output_size", "pad_width", "pool_size"),
+        *("power_iterations", "projection_dim", "repeats", "sequence_length", "size"),
+        *("target_height", "target_width", "tile_grid_size", "units", "value_dim"),
+        *("vocabulary_size", "width"),
+    )
 )
-"""Ends of keys of sizes, besides those that begin with `num_`; other numbers are values."""
+"""Constructor arguments of Keras and of this package that say how much there is of something."""
 
 _MOST_ALONG_AXIS = 2**26
 _MOST_ELEMENTS = 2**28
-_SHAPES = ("shape", "shapes", "__keras_qwrap_tensor__")
-"""Ends of keys of shapes, besides `args` and `kwargs` of what a wrapper is built from."""
+_SHAPES = frozenset(
+    (
+        *("__keras_qwrap_tensor__", "batch_input_shape", "batch_shape", "build_input_shape"),
+        *("input_shape", "newshape", "noise_shape", "output_shape", "output_shapes", "shape"),
+        *("shapes_dict", "target_shape"),
+    )
+)
+"""Keys of shapes, besides `args` and `kwargs` of what a wrapper is built from."""
 
 _CODE = ("__lambda__", "TorchModuleWrapper", "TFSMLayer")
 _TRUST = "The file is damaged or hostile; if you trust it, `keras.models.load_model` loads it."
@@ -213,35 +231,54 @@ def _checked_arrays(path: str, data: bytes, file: h5py.File) -> tuple[dict[str, 
     return {name: array_of(part, data) for name, part in found.items()}, stored
 
 
+class _Place(NamedTuple):
+    """Where a value stands in a config: under which key, in a shape, and in whose arguments."""
+
+    key: str = ""
+    in_shape: bool = False
+    is_config: bool = False
+    is_argument: bool = False
+
+    @property
+    def is_size(self) -> bool:
+        return self.is_argument and self.key in _SIZES
+
+
 def _check_config(path: str, config: Any, stored: int, safe_mode: bool) -> None:
     """Refuse code, endless configs, and sizes and shapes that would fill the memory."""
-    waiting: list[tuple[str, Any, bool, bool]] = [("", config, False, False)]
+    waiting: list[tuple[Any, _Place]] = [(config, _Place())]
     seen, most = 0, max(_MOST, stored)
     while waiting:
-        key, node, in_shape, of_user = waiting.pop()
+        node, place = waiting.pop()
         seen += 1
         if seen > _MOST_NODES:
             raise _hostile(path, "a config of more values", f"at most {_MOST_NODES:,}")
-        in_shape = in_shape or key.endswith(_SHAPES)
         if isinstance(node, dict):
             if safe_mode:
                 _check_code(path, node)
-            if "class_name" in node:
-                name = str(node.get("registered_name") or node["class_name"])
-                of_user = ">" in name and not name.startswith("keras_qwrap>")
-            built = key == "build_config"
-            for name, part in node.items():
-                shaped = in_shape or (built and name in ("args", "kwargs"))
-                waiting.append((str(name), part, shaped, of_user))
+            waiting += [(part, _place(str(key), node, place)) for key, part in node.items()]
         elif isinstance(node, list):
-            _check_shape(path, node if in_shape else [])
-            waiting += [(key, part, in_shape, of_user) for part in node]
-        elif isinstance(node, int) and abs(node) > most and _is_size(key) and not of_user:
-            raise _hostile(path, f"{key}={node}", f"at most {most:,}")
+            _check_shape(path, node if place.in_shape else [])
+            waiting += [(part, place) for part in node]
+        elif isinstance(node, int) and abs(node) > most and place.is_size:
+            raise _hostile(path, f"{place.key}={node}", f"at most {most:,}")
 
 
-def _is_size(key: str) -> bool:
-    return key.startswith("num_") or key.endswith(_COUNTS)
+def _place(key: str, node: dict, around: _Place) -> _Place:
+    """The place of the value of `key` in a dictionary that is itself at a place."""
+    built = around.key == "build_config" and key in ("args", "kwargs")
+    return _Place(
+        key,
+        in_shape=around.in_shape or key in _SHAPES or built,
+        is_config=key == "config" and _is_of_house(node),
+        is_argument=around.is_config,
+    )
+
+
+def _is_of_house(node: dict) -> bool:
+    """Whether it describes an object of Keras or of this package."""
+    name = str(node.get("registered_name") or node.get("class_name", ">"))
+    return ">" not in name or name.startswith("keras_qwrap>")
 
 
 def _check_shape(path: str, shape: list) -> None:

@@ -1,7 +1,9 @@
 """What `keras_load_quantized_model` refuses before it builds anything, and what it does not."""
 
+import inspect
 import json
 import random
+import re
 import zipfile
 
 import h5py
@@ -13,6 +15,7 @@ from layer_cases import Composite, floats, weight
 from reference import refused, to_numpy
 
 import keras_qwrap as qi
+from keras_qwrap.files import limits
 
 load = qi.keras_load_quantized_model
 
@@ -359,6 +362,43 @@ def test_shapes_of_wrappers_are_shapes(tmp_path):
 def test_huge_sizes_are_refused_by_their_keys(key, tmp_path):
     path = with_config(saved(tmp_path), '"units": 2', f'"{key}": {10**12}')
     refused(ValueError, lambda: load(path), f"{key}={10**12}", "at most 16,777,216")
+
+
+MODULES = ("layers", "metrics", "losses", "initializers", "constraints", "regularizers")
+SOUNDS_LIKE_A_SIZE = re.compile(
+    "num_|.*(units|filters|groups|tokens|ngrams|depth|repeats|sections|iterations|dim|size|length"
+    "|height|width|multiplier|num)$"
+)
+NO_SIZES = {"pad_to_max_tokens", "ndim", "min_ndim", "max_ndim"}
+
+
+def test_every_argument_of_keras_that_sounds_like_a_size_is_one():
+    """A new version of Keras may have more of them."""
+    classes = [cls for name in MODULES for cls in vars(getattr(keras, name)).values()]
+    named = {
+        name
+        for cls in classes
+        if isinstance(cls, type)
+        for base in cls.__mro__
+        if "__init__" in vars(base)
+        for name in inspect.signature(base.__init__).parameters
+        if SOUNDS_LIKE_A_SIZE.match(name)
+    }
+    assert len(named) > 30
+    assert named - NO_SIZES <= limits._SIZES
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_a_number_is_a_size_only_where_it_is_an_argument(ending, tmp_path):
+    """Here it is the weight of a loss, by the name of a layer."""
+    inputs = keras.Input((3,))
+    outputs = {name: layers.Dense(1, name=name)(inputs) for name in ("length", "input_shape")}
+    model = keras.Model(inputs, outputs)
+    losses = {name: keras.losses.MeanSquaredError() for name in outputs}
+    weights = dict.fromkeys(outputs, 10**9)
+    model.compile("sgd", losses, loss_weights=weights)
+    model.save(tmp_path / f"model{ending}")
+    assert load(tmp_path / f"model{ending}").get_compile_config()["loss_weights"] == weights
 
 
 @pytest.mark.parametrize(
