@@ -11,7 +11,7 @@ import keras
 
 from keras_qwrap.layers.keras_internals import sublayers
 from keras_qwrap.numerics.checks import bad_type, bad_value
-from keras_qwrap.numerics.compact import compact, expand
+from keras_qwrap.numerics.packing import compact, expand
 from keras_qwrap.numerics.tensors import Tensor, read
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,

@@ -1,9 +1,11 @@
-"""Integers of a few bits, packed without gaps, and what says how to read them."""
+"""Numbers as bytes: codes of a few bits behind a header, and the floats of configs as base64."""
 
+import base64
+import binascii
 import json
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +15,9 @@ _SIGNED = 128
 _PREFIX = 3
 
 _BLOCK = 2**18
+
+_FLOATS = "__keras_qwrap_float32__"
+_SHORTEST_LIST = 16
 
 
 def packed_size(count: int, num_bits: int) -> int:
@@ -30,16 +35,6 @@ def pack(values: np.ndarray, num_bits: int) -> np.ndarray:
     Args:
         values: integers of any shape.
         num_bits: 2 to 16.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_qwrap.numerics.packing import pack, unpack
-
-    packed = pack(np.array([1, 2, 3]), 4)
-    print(packed, unpack(packed, 4, 3))  # [33  3] [1 2 3]
-    ```
     """
     flat = np.ascontiguousarray(values, dtype="<u2").reshape(-1)
     if num_bits == 8:
@@ -93,17 +88,6 @@ def frame(codes: np.ndarray, num_bits: int, signed: bool, path: str) -> np.ndarr
         num_bits: 2 to 16.
         signed: whether codes may be negative.
         path: path of the weight in its layer.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_qwrap.numerics.packing import frame, unframe
-
-    framed = frame(np.array([[-1, 0], [1, 2]]), 4, True, "kernel")
-    codes, num_bits, path = unframe(framed)
-    print(codes.tolist(), num_bits, path)  # [[-1, 0], [1, 2]] 4 kernel
-    ```
     """
     text = _header(path, codes.shape)
     start = bytes([num_bits + _SIGNED * signed]) + len(text).to_bytes(2, "little") + text
@@ -190,3 +174,47 @@ def histogram(framed: np.ndarray) -> dict[int, int]:
         values = _with_sign(values, bits) if header.signed else values
     pairs = zip(values.tolist(), counts.tolist(), strict=True)
     return {value: count for value, count in sorted(pairs) if count}
+
+
+def compact(config: Any) -> Any:
+    """`config` with each list of 16 floats or more as base64, if float32 holds them.
+
+    That is, if each is the number of fewest digits that stands for its float32, as in the
+    configs of this package's quantizers. `expand` gives back the very same floats.
+    """
+    if isinstance(config, dict):
+        return {key: compact(value) for key, value in config.items()}
+    if not isinstance(config, list):
+        return config
+    if len(config) < _SHORTEST_LIST or not all(type(number) is float for number in config):
+        return [compact(value) for value in config]
+    with np.errstate(over="ignore"):
+        numbers = np.array(config, dtype="<f4")
+    if _floats(numbers) != config:
+        return config
+    return {_FLOATS: base64.b64encode(numbers.tobytes()).decode("ascii")}
+
+
+def expand(config: Any) -> Any:
+    """The inverse of `compact`.
+
+    Raises:
+        ValueError: what should be base64 of float32 numbers is not.
+    """
+    if isinstance(config, list):
+        return [expand(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    if set(config) != {_FLOATS}:
+        return {key: expand(value) for key, value in config.items()}
+    try:
+        return _floats(np.frombuffer(base64.b64decode(config[_FLOATS], validate=True), "<f4"))
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise bad_value(
+            "config", config[_FLOATS], "float32 numbers in base64", "The file is damaged."
+        ) from error
+
+
+def _floats(numbers: np.ndarray) -> list[float]:
+    """The number of fewest digits that stands for each float32."""
+    return [float(str(number)) for number in numbers]

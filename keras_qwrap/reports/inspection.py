@@ -13,8 +13,7 @@ from keras_qwrap.files.containers import Chain
 from keras_qwrap.files.limits import Contents, read_contents
 from keras_qwrap.layers.owner import Quantizer, inferable_twin
 from keras_qwrap.numerics.checks import bad_value
-from keras_qwrap.numerics.compact import expand
-from keras_qwrap.numerics.packing import histogram, read_header
+from keras_qwrap.numerics.packing import expand, histogram, read_header
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
 from keras_qwrap.reports.rows import measure_activation
 
