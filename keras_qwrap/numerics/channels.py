@@ -15,19 +15,12 @@ MAX_RANK = 32
 class Channels:
     """The kept axes of a tensor of a given rank; none of them means one range for the tensor.
 
+    A depthwise kernel `[3, 3, 8, 4]` with `kept=(2, 3)` has 32 ranges, `[1, 1, 8, 4]`; with none,
+    it has one, `[]`.
+
     Args:
         kept: kept axes, ascending, counted from 0.
         rank: rank of the tensor, None where no axis is kept and any rank will do.
-
-    Example (a depthwise kernel `[3, 3, 8, 4]`, a range for each of the 32 channels):
-
-    ```python
-    from keras_qwrap.numerics.channels import Channels
-
-    channels = Channels(kept=(2, 3), rank=4)
-    print(channels.range_shape((3, 3, 8, 4)))  # (1, 1, 8, 4)
-    print(channels.reduced)  # (0, 1)
-    ```
     """
 
     kept: tuple[int, ...] = ()

@@ -24,33 +24,13 @@ _SHORT.maxother = _SHORT.maxstring = 60
 
 
 def brief(kind: str, *values: Any, **named: Any) -> str:
-    """The repr of an object of this kind with these arguments; long values are cut.
-
-    Example:
-
-    ```python
-    from keras_qwrap.numerics.checks import brief
-
-    print(brief("Quantizer", 8, threshold=[1.0] * 64))
-    # Quantizer(8, threshold=[1.0, 1.0, 1.0, 1.0, ...])
-    ```
-    """
+    """The repr of an object of this kind with these arguments; long values are cut."""
     parts = [*map(_SHORT.repr, values), *(f"{k}={_SHORT.repr(v)}" for k, v in named.items())]
     return f"{kind}({', '.join(parts)})"
 
 
 def bad_value(name: str, received: Any, expected: str, fix: str) -> ValueError:
-    """A `ValueError` for argument `name`.
-
-    Example:
-
-    ```python
-    from keras_qwrap.numerics.checks import bad_value
-
-    error = bad_value("num_bits", 1, "an integer from 2 to 16", "Use 8 for int8.")
-    print(error)  # num_bits: received 1 (of type int), expected an integer from 2 to 16. Use ...
-    ```
-    """
+    """A `ValueError` for argument `name`."""
     return ValueError(f"{name}: received {_describe(received)}, expected {expected}. {fix}")
 
 
@@ -80,20 +60,7 @@ def no_model(received: Any, expected: str = "a Keras model") -> TypeError:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Put `where`, which names a part of a model, in front of what is refused in here.
-
-    Example:
-
-    ```python
-    from keras_qwrap.numerics.checks import bad_value, naming
-
-    try:
-        with naming("layer 'dense'"):
-            raise bad_value("threshold", 0.0, "a positive number", "Pass one.")
-    except ValueError as error:
-        print(error)  # layer 'dense': threshold: received 0.0 (of type float), expected a posi...
-    ```
-    """
+    """Put `where`, which names a part of a model, in front of what is refused in here."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -109,18 +76,6 @@ def warn(message: str) -> None:
     """Warn at the line of the user's that led here: the nearest one outside this package and Keras.
 
     A fixed `stacklevel` would point into the package wherever it is called from another place.
-
-    Example:
-
-    ```python
-    import warnings
-    from keras_qwrap.numerics.checks import warn
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warn("Nothing was quantized.")
-    print(caught[0].message)  # Nothing was quantized.
-    ```
     """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _package(frame.f_globals) in _INSIDE:
@@ -159,17 +114,7 @@ _MEANT = {
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str:
-    """Those of the names that may be meant by `wanted`, for an error message.
-
-    Example:
-
-    ```python
-    from keras_qwrap.numerics.checks import nearest
-
-    print(nearest("asymmetric", ["symmetric", "uniform"]))  # 'uniform'
-    print(nearest("power-of-two", ["power_of_two", "uniform"]))  # 'power_of_two'
-    ```
-    """
+    """Those of the names that may be meant by `wanted`, for an error message."""
     names = sorted(set(names))
     word = _plain(wanted)
     meant = [here for here, words in _MEANT.items() if word in words.split()]

@@ -18,16 +18,6 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     That is in a graph, for a first argument of known shape with at least `SMALLEST_FUSED`
     elements; the result is the same to the bit. Elsewhere, on other backends, and where
     TensorFlow comes without a compiler (outside Linux), it is called as it is.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.numerics.compiled import fused
-
-    twice = fused(lambda x: x + x)
-    print(keras.ops.convert_to_numpy(twice(keras.ops.ones(2))))  # [2. 2.]
-    ```
     """
     if keras.backend.backend() != "tensorflow" or platform.system() != "Linux":
         return function

@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 
 from keras_qwrap.numerics.checks import bad_type, bad_value
-
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
-"""2**-126: below it a float32 step is subnormal, and its multiples are not exact."""
+from keras_qwrap.numerics.rounding import SMALLEST_SCALE, divide, normal, to_steps
 
 
 def check_num_bits(num_bits: Any, name: str = "num_bits") -> int:
@@ -63,7 +61,7 @@ def _numbers_to_encode(x: Any) -> np.ndarray:
             "Received NaN to encode, expected numbers: NaN has no integer code. "
             "Find where the NaN comes from, or replace it first (`numpy.nan_to_num`)."
         )
-    return np.where(np.abs(x) < np.float32(SMALLEST_SCALE), np.float32(0), x)
+    return normal(x, np)
 
 
 def _check_codes(codes: Any, lowest: int, highest: int) -> np.ndarray:
@@ -86,17 +84,6 @@ class IntegerGrid:
         num_bits: width of the codes, 2 to 16.
         signed: two's complement codes if True, else codes from 0.
         narrow: leave out the lowest signed code, so that the grid is symmetric about zero.
-
-    Example:
-
-    ```python
-    from keras_qwrap.numerics.grids import IntegerGrid
-
-    grid = IntegerGrid(4, signed=True)
-    print(grid.lowest, grid.highest)  # -8 7
-    print(grid.encode([0.3, -9.0], scale=0.5))  # [ 1 -8]
-    print(grid.decode([1, -8], scale=0.5))  # [ 0.5 -4. ]
-    ```
     """
 
     num_bits: int
@@ -120,7 +107,7 @@ class IntegerGrid:
         x = _numbers_to_encode(x)
         zero_point = np.asarray(zero_point, dtype=np.int32)
         with np.errstate(over="ignore"):
-            steps = np.round(x / np.asarray(scale, dtype=np.float32))
+            steps = to_steps(x, np.asarray(scale, dtype=np.float32), np)
         low = np.asarray(self.lowest - zero_point, dtype=np.float32)
         high = np.asarray(self.highest - zero_point, dtype=np.float32)
         return np.clip(steps, low, high).astype(np.int32) + zero_point
@@ -141,16 +128,6 @@ class LookupGrid:
         values: the table, distinct integers that `bitwidth` bits can hold, in any order.
         bitwidth: width of the table's entries, 2 to 16.
         signed: whether entries may be negative.
-
-    Example:
-
-    ```python
-    from keras_qwrap.numerics.grids import LookupGrid
-
-    grid = LookupGrid((-25, 85), bitwidth=8, signed=True)
-    print(grid.encode([0.9, -3.0], divisor=1 / 128))  # [1 0]
-    print(grid.decode([1, 0], scale=1 / 128))  # [ 0.6640625 -0.1953125]
-    ```
     """
 
     values: tuple[int, ...]
@@ -192,7 +169,8 @@ class LookupGrid:
         """
         x = _numbers_to_encode(x)
         with np.errstate(over="ignore"):
-            position = np.clip(x / np.asarray(divisor, dtype=np.float32), *self.limits)
+            position = divide(x, np.asarray(divisor, dtype=np.float32), np)
+            position = np.clip(position, *self.limits)
         order = np.argsort(np.asarray(self.values))
         return order[np.searchsorted(self.bounds, position, side="left")].astype(np.int32)
 

@@ -11,13 +11,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qwrap.numerics.rounding import SMALLEST_SCALE, normal, to_steps
 from keras_qwrap.numerics.tensors import Tensor, to_numpy
 
 Axes = tuple[int, ...] | None
 
 _POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
-_SMALLEST_NORMAL = np.float32(2.0**-126)
-"""Floor under every step: smaller numbers are subnormal, and some backends take them for zero."""
 
 
 def symmetric_scale(threshold: Tensor, num_bits: int, signed: bool) -> Tensor:
@@ -37,7 +36,7 @@ def uniform_scale_and_zero_point(
     """
     highest = 2**num_bits - 1
     scale = (max_range - min_range) * np.float32(1 / highest)
-    return scale, xp.round(-min_range / scale)
+    return scale, to_steps(-min_range, scale, xp)
 
 
 def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
@@ -60,13 +59,15 @@ def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold
     largest = largest_magnitude(weight, axes)
     if min_threshold:
         largest = ops.maximum(largest, np.float32(min_threshold))
-    step = ops.maximum(largest * np.float32(1 / (2 ** (num_bits - 1) - 1)), _SMALLEST_NORMAL)
+    step = ops.maximum(
+        largest * np.float32(1 / (2 ** (num_bits - 1) - 1)), np.float32(SMALLEST_SCALE)
+    )
     return step * np.float32(2.0 ** (num_bits - 1))
 
 
 def one_for_zeros(threshold: np.ndarray, weight: Tensor, axes: Axes) -> np.ndarray:
     """Thresholds, with 1 for each channel of zeros: any threshold rounds these alike."""
-    zeros = to_numpy(largest_magnitude(weight, axes)) < _SMALLEST_NORMAL
+    zeros = to_numpy(largest_magnitude(weight, axes)) < np.float32(SMALLEST_SCALE)
     return np.where(zeros, np.float32(1), threshold)
 
 
@@ -105,11 +106,6 @@ def widened_end(low: Tensor, high: Tensor, width: float, xp: Any) -> Tensor:
     return xp.maximum(high, low + np.float32(width))
 
 
-def normal(x: Tensor, xp: Any) -> Tensor:
-    """`x`, with zero for subnormal numbers, as some backends compute."""
-    return xp.where(xp.abs(x) < _SMALLEST_NORMAL, np.float32(0), x)
-
-
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of `x`; both, or one of them, NaN where `x` holds NaN.
 
@@ -141,7 +137,7 @@ def to_store(low: Tensor, high: Tensor, num_bits: int, xp: Any) -> tuple[Tensor,
 
 def was_seen(low: Tensor, high: Tensor, xp: Any) -> Tensor:
     """Whether a stored range stands for any numbers, be they zeros alone."""
-    return xp.maximum(high, -low) >= _SMALLEST_NORMAL
+    return xp.maximum(high, -low) >= np.float32(SMALLEST_SCALE)
 
 
 def has_range(low: Tensor, high: Tensor, num_bits: int, xp: Any) -> Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 from keras_qwrap.numerics import ranges
 from keras_qwrap.numerics.channels import make_channels
 from keras_qwrap.numerics.checks import bad_value, nearest
-from keras_qwrap.numerics.grids import SMALLEST_SCALE, IntegerGrid, float_array
+from keras_qwrap.numerics.grids import IntegerGrid, float_array
+from keras_qwrap.numerics.rounding import SMALLEST_SCALE, to_steps
 
 GRIDS = ("symmetric", "power_of_two", "uniform")
 """The grids that a range is found for: of a threshold, of a power of two, with a zero point."""
@@ -64,17 +65,6 @@ def find_range(
 
     Raises:
         ValueError: an unknown method, or numbers that are not finite.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_qwrap.numerics.search import find_range
-
-    x = np.random.default_rng(0).normal(size=10000)
-    low, high = find_range(x, x.min(), x.max(), "mse", 4, "uniform")
-    print(x.min() < low < -2, 2 < high < x.max())  # True True
-    ```
     """
     check_range_method(method, "method")
     _check_grid(grid)
@@ -157,8 +147,7 @@ def _errors(
 ) -> np.ndarray:
     """Weighted sum of squared errors of `x` for each candidate range."""
     step, lowest, highest = (a[:, None] for a in grids(*candidates, num_bits, grid))
-    y = x / step
-    np.round(y, out=y)
+    y = to_steps(x, step, np)
     np.clip(y, lowest, highest, out=y)
     y *= step
     y -= x
@@ -230,7 +219,7 @@ def _least_error(
 def _error(x: np.ndarray, weight: np.ndarray, ends: Range, num_bits: int, grid: str) -> float:
     """Weighted sum of squared errors of numbers on the grid of a range, in float64."""
     step, lowest, highest = grids(*ends, num_bits, grid)
-    y = np.clip(np.round(x / step), lowest, highest) * step
+    y = np.clip(to_steps(x, step, np), lowest, highest) * step
     return float(np.square(y.astype(np.float64) - x) @ weight)
 
 
@@ -339,17 +328,6 @@ def weights_threshold(
     Raises:
         TypeError, ValueError: another method, axes that the weight lacks, or weights that are not
             finite.
-
-    Example:
-
-    ```python
-    import numpy as np
-    from keras_qwrap.numerics.search import weights_threshold
-
-    kernel = np.random.default_rng(0).normal(size=(500, 2)) * [1, 10]
-    found = weights_threshold(kernel, -1, 4, "symmetric")
-    print(found.shape, np.all(found < np.abs(kernel).max(axis=0)))  # (2,) True
-    ```
     """
     weight = float_array("weight", weight)
     _check_grid(grid, GRIDS[:2])
@@ -397,8 +375,7 @@ def _thresholds(rows: np.ndarray, num_bits: int, grid: str) -> np.ndarray:
 def _row_errors(x: np.ndarray, threshold: np.ndarray, half: np.float32) -> np.ndarray:
     """Sum of squared errors of each row on the grid of its threshold."""
     step = np.where(threshold > 0, threshold / half, np.float32(1))[:, None]
-    y = x / step
-    np.round(y, out=y)
+    y = to_steps(x, step, np)
     np.clip(y, -half, half - 1, out=y)
     y *= step
     y -= x

@@ -10,9 +10,8 @@ from keras import ops
 from keras_qwrap.numerics import ranges
 from keras_qwrap.numerics.channels import check_bool
 from keras_qwrap.numerics.checks import bad_type, bad_value
-from keras_qwrap.numerics.compiled import fused
 from keras_qwrap.numerics.grids import IntegerGrid, float_array
-from keras_qwrap.numerics.rounding import fake_quantize
+from keras_qwrap.numerics.rounding import fake_quantize_where, normal
 from keras_qwrap.numerics.search import check_range_method
 from keras_qwrap.numerics.tensors import Tensor, as_tensor, float32_input, read, to_numpy
 from keras_qwrap.quantizers.base import (
@@ -40,34 +39,6 @@ _UNKNOWN, _WHOLE, _OTHERS = 0, 1, -1
 
 _RANGE_KEYS = ("range_min", "range_max")
 _ENDS = ("min_range", "max_range")
-
-
-@fused
-def _values(x: Tensor, on: Tensor, *grid: Tensor) -> Tensor:
-    return ops.where(on > 0, fake_quantize(x, *grid), x)
-
-
-@fused
-def _masked(x: Tensor, dy: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-    above = ops.greater_equal(x, (lowest - 0.5) * scale)
-    below = ops.less_equal(x, (highest + 0.5) * scale)
-    return ops.where(ops.logical_and(above, below), dy, 0.0)
-
-
-@ops.custom_gradient
-def _quantized_where(
-    x: Tensor, on: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor
-) -> tuple:
-    """`fake_quantize` where `on` is 1; elsewhere `x`, for which the grid must be endless.
-
-    In one gradient, since a selection outside of it costs as much as the quantizer.
-    """
-
-    def grad(*args: Tensor, upstream: Tensor = None) -> tuple:
-        dx = _masked(x, args[-1] if upstream is None else upstream, scale, lowest, highest)
-        return dx, *(ops.zeros_like(a) for a in (on, scale, lowest, highest))
-
-    return _values(x, on, scale, lowest, highest), grad
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -118,10 +89,9 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 
     config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM, 8)
-    quantizer = MovingAverageActivationQATQuantizer(config, momentum=0.9)
+    quantizer = qi.MovingAverageActivationQATQuantizer(config, momentum=0.9)
     holder = qi.KerasActivationQuantizationHolder(quantizer)
     holder(keras.ops.array([[0.0, 1.0]]), training=True)
     holder(keras.ops.array([[-1.0, 2.0]]), training=True)
@@ -183,7 +153,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             on = ops.logical_and(on, ops.greater(self._read("steps"), self._read("delay")))
         if self.pass_whole_numbers:
             on = ops.logical_and(on, ops.not_equal(self._read("whole_numbers"), _WHOLE))
-        return ops.cast(_quantized_where(x, *self._derive(on)), dtype)
+        return ops.cast(fake_quantize_where(on, x, *self._derive()), dtype)
 
     def _see(self, x: Tensor) -> None:
         """Move the range towards a batch's, and count the batch."""
@@ -206,8 +176,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             self.quantizer_parameters[role].assign(ops.where(moves, end, start))
         self.quantizer_parameters["steps"].assign(self._read("steps") + 1)
 
-    def _derive(self, on: Tensor) -> tuple[Tensor, ...]:
-        """`on`, scale, and lowest and highest code minus the zero point, as float32 tensors."""
+    def _derive(self) -> tuple[Tensor, ...]:
+        """Scale, and lowest and highest code minus the zero point, as float32 tensors."""
         config = self.quantization_config
         bits = config.activation_n_bits
         low, high = self._range(self._read, ops)
@@ -225,9 +195,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
                     [grid.highest for grid in grids],
                 )
             )
-        endless = np.float32(np.inf)
-        lowest, highest = ops.where(on, lowest, -endless), ops.where(on, highest, endless)
-        return ops.cast(on, "float32"), scale, lowest, highest
+        return scale, lowest, highest
 
     def _range(self, read: Callable[[str], Any], xp: Any) -> tuple[Any, Any]:
         """The range in use, if there is any; of variables that `read` reads by their names."""
@@ -333,7 +301,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
 
     def _present_range(self) -> tuple[np.ndarray, np.ndarray]:
         """The range in use, in numpy."""
-        return self._range(lambda role: ranges.normal(self._array(role), np), np)
+        return self._range(lambda role: normal(self._array(role), np), np)
 
     def _array(self, role: str) -> np.ndarray:
         return to_numpy(self.quantizer_parameters[role])

@@ -1,5 +1,6 @@
 """The tensor functions: exact against numpy, gradients, and the same bits in every mode."""
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import given
@@ -135,6 +136,17 @@ def test_no_gradient_reaches_scale_and_range():
         lambda s: qi.fake_lookup(x, s, s, [-1.0, 1.0], [0.0], (-8.0, 7.0)),
     ):
         same(gradient(function, start, dy), np.float32(0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_scale_may_be_a_variable(dtype):
+    """Of Keras, as quantizers have it, whatever the dtype of the numbers."""
+    scale = keras.Variable(0.5, dtype="float32")
+    x = ops.cast([0.3, -9.0, 9.0], dtype)
+    clipped, whole = np.array([0.5, -4, 3.5], dtype), np.array([0.5, -9, 9], dtype)
+    same(qi.fake_quantize(x, scale, -8, 7), clipped)
+    same(qi.fake_quantize_covered(x, scale, -8, 7), clipped)
+    same(qi.fake_quantize_unclipped(x, scale), whole)
 
 
 @given(arrays(MODERATE), st.sets(st.integers(-128, 127), min_size=2, max_size=9))
