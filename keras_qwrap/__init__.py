@@ -29,7 +29,6 @@ from keras_qwrap.quantizers import inferable as keras_inferable_quantizers
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
     BaseKerasTrainableQuantizer,
-    mark_quantizer,
 )
 from keras_qwrap.quantizers.config import (
     QuantizationMethod,
@@ -48,6 +47,7 @@ from keras_qwrap.quantizers.inferable import (
     WeightsSymmetricInferableQuantizer,
     WeightsUniformInferableQuantizer,
 )
+from keras_qwrap.quantizers.marks import mark_quantizer
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 from keras_qwrap.quantizers.ste import (
     STEActivationQATQuantizer,

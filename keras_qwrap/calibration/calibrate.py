@@ -16,7 +16,7 @@ from keras_qwrap.models.copying import check_built
 from keras_qwrap.numerics.checks import bad_value, warn
 from keras_qwrap.numerics.search import check_range_method, find_range, needs_samples
 from keras_qwrap.numerics.tensors import Tensor
-from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
+from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 
 _SAMPLES = 256
 _FEW_SAMPLES = 16
@@ -33,8 +33,8 @@ _TAIL = 0.001
 _FEWEST_FOR_OUTLIERS = 16
 
 Methods = str | Mapping[str, str] | None
-Row = tuple[str, MovingAverageActivationQATQuantizer]
-Found = tuple[QuantizingLayer, str, MovingAverageActivationQATQuantizer]
+Row = tuple[str, BaseKerasTrainableQuantizer]
+Found = tuple[QuantizingLayer, str, BaseKerasTrainableQuantizer]
 
 
 def calibrate(
@@ -45,7 +45,10 @@ def calibrate(
     steps: int | None = None,
     verbose: Any = "auto",
 ) -> dict[str, tuple[float, float]]:
-    """Set the range of every `MovingAverageActivationQATQuantizer` in a model, in place.
+    """Set the range of every activation quantizer in a model that takes one, in place.
+
+    That is every `MovingAverageActivationQATQuantizer`, and those of your own that define
+    `set_range`.
 
     The data runs through the model once, in inference mode, with quantized weights; activations
     with a range to be found pass in float, those with a fixed one are quantized as ever. Of each
@@ -89,15 +92,13 @@ def calibrate(
     import keras
     import numpy as np
     import keras_qwrap as qi
-    from keras_qwrap.calibration.calibrate import calibrate
-    from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 
     config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM, 8)
-    quantizer = MovingAverageActivationQATQuantizer(config)
+    quantizer = qi.MovingAverageActivationQATQuantizer(config)
     holder = qi.KerasActivationQuantizationHolder(quantizer, name="input")
     model = keras.Sequential([keras.Input((3,)), holder])
     data = np.linspace(-1, 2, 30).reshape(10, 3)
-    print(calibrate(model, data, "minmax", verbose=0))  # {'input': (-1.0, 2.0)}
+    print(qi.calibrate(model, data, "minmax", verbose=0))  # {'input': (-1.0, 2.0)}
     ```
     """
     rows = _rows(model)
@@ -140,11 +141,7 @@ def has_ranges_to_find(model: keras.Model) -> bool:
 
 
 def _to_be_found(model: keras.Model) -> list[Found]:
-    return [
-        (owner, role, quantizer)
-        for owner, role, quantizer in quantizers_in(model)
-        if isinstance(quantizer, MovingAverageActivationQATQuantizer) and quantizer.enabled
-    ]
+    return [found for found in quantizers_in(model) if found[2].takes_range]  # type: ignore
 
 
 def _found(model: keras.Model) -> list[Found]:

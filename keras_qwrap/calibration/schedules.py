@@ -1,4 +1,4 @@
-"""Callbacks that schedule the ranges of moving-average quantizers during training."""
+"""Callbacks that schedule the ranges of activation quantizers during training."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ import numpy as np
 
 from keras_qwrap.layers.owner import quantizers_in
 from keras_qwrap.numerics.checks import bad_type, bad_value
-from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
+from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 
 _MOST_STEPS = 2**31 - 1
 
 
 class _RangeCallback(keras.callbacks.Callback):
-    """Finds the moving-average quantizers of the model when training begins."""
+    """Finds the quantizers of the model that take a range, when training begins."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._quantizers: list[MovingAverageActivationQATQuantizer] = []
+        self._quantizers: list[BaseKerasTrainableQuantizer] = []
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Find the quantizers.
@@ -25,18 +25,15 @@ class _RangeCallback(keras.callbacks.Callback):
         Raises:
             ValueError: the model has none, or is not built.
         """
-        self._quantizers = [
-            quantizer
-            for _, _, quantizer in quantizers_in(self.model)
-            if isinstance(quantizer, MovingAverageActivationQATQuantizer) and quantizer.enabled
-        ]
+        found = [row for row in quantizers_in(self.model) if row[2].takes_range]
+        self._quantizers = [quantizer for _, _, quantizer in found]  # type: ignore[misc]
         what = type(self).__name__
         if not self._quantizers:
             raise ValueError(
                 f"{what}: received model '{self.model.name}' without moving-average quantizers, "
                 "expected at least one. Leave the callback out."
             )
-        if not all(quantizer.quantizer_parameters for quantizer in self._quantizers):
+        if not all(owner.built for owner, _, _ in found):
             raise ValueError(
                 f"{what}: received model '{self.model.name}', which is not built, expected a "
                 "built one. Call it, or pass an Input first."
@@ -61,16 +58,14 @@ class FreezeRanges(_RangeCallback):
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.calibration.schedules import FreezeRanges
-    from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 
     config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM, 8)
-    quantizer = MovingAverageActivationQATQuantizer(config)
+    quantizer = qi.MovingAverageActivationQATQuantizer(config)
     holder = qi.KerasActivationQuantizationHolder(quantizer)
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), holder])
     model.compile("sgd", "mse")
     x = keras.ops.ones((4, 2))
-    model.fit(x, x, epochs=3, verbose=0, callbacks=[FreezeRanges(at_epoch=1)])
+    model.fit(x, x, epochs=3, verbose=0, callbacks=[qi.FreezeRanges(at_epoch=1)])
     print(bool(keras.ops.convert_to_numpy(quantizer.quantizer_parameters["frozen"])))  # True
     ```
     """
@@ -83,7 +78,7 @@ class FreezeRanges(_RangeCallback):
         """Freeze the ranges if it is time."""
         if epoch >= self.at_epoch:
             for quantizer in self._quantizers:
-                quantizer.quantizer_parameters["frozen"].assign(True)
+                quantizer.freeze_range()
 
 
 class DelayQuantization(_RangeCallback):
@@ -107,16 +102,14 @@ class DelayQuantization(_RangeCallback):
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.calibration.schedules import DelayQuantization
-    from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
 
     config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM, 2)
-    quantizer = MovingAverageActivationQATQuantizer(config)
+    quantizer = qi.MovingAverageActivationQATQuantizer(config)
     holder = qi.KerasActivationQuantizationHolder(quantizer)
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), holder])
     model.compile("sgd", "mse")
     x = keras.ops.ones((4, 2))
-    model.fit(x, x, epochs=3, verbose=0, callbacks=[DelayQuantization(steps=2)])
+    model.fit(x, x, epochs=3, verbose=0, callbacks=[qi.DelayQuantization(steps=2)])
     print(int(keras.ops.convert_to_numpy(quantizer.quantizer_parameters["steps"])))  # 3
     ```
     """
@@ -129,7 +122,7 @@ class DelayQuantization(_RangeCallback):
         """Set the delay of every quantizer."""
         super().on_train_begin(logs)
         for quantizer in self._quantizers:
-            quantizer.quantizer_parameters["delay"].assign(self.steps)
+            quantizer.delay_quantization(self.steps)
 
 
 def _check_count(name: str, value: Any) -> int:

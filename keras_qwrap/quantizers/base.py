@@ -1,8 +1,8 @@
-"""What a quantizer is: the two base classes, and how a class states what it is for."""
+"""What a quantizer is: the two base classes, and the questions that all quantizers answer."""
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,66 +18,7 @@ from keras_qwrap.quantizers.config import (
     TrainableQuantizerWeightsConfig,
     check_member,
 )
-
-
-def mark_quantizer(
-    quantization_target: QuantizationTarget,
-    quantization_method: Sequence[QuantizationMethod],
-    identifier: Any = None,
-) -> Callable[[type], type]:
-    """Class decorator that states what a quantizer is for.
-
-    Args:
-        quantization_target: weights or activations.
-        quantization_method: the methods that the class supports.
-        identifier: any name by which a project finds its quantizer again; kept as
-            `cls.identifier`, the class' own name by default.
-
-    Raises:
-        TypeError: an argument is of another kind.
-
-    Example:
-
-    ```python
-    import keras_qwrap as qi
-
-    @qi.mark_quantizer(qi.QuantizationTarget.Weights, [qi.QuantizationMethod.SYMMETRIC])
-    class MyQuantizer(qi.BaseKerasTrainableQuantizer):
-        def initialize_quantization(self, tensor_shape, name, layer):
-            return {}
-
-        def __call__(self, inputs):
-            return inputs
-
-        def convert2inferable(self):
-            return qi.WeightsSymmetricInferableQuantizer(8, 1.0, per_channel=False)
-
-    print(MyQuantizer.quantization_target)  # QuantizationTarget.Weights
-    ```
-    """
-    target = check_member("quantization_target", quantization_target, QuantizationTarget)
-    methods = _check_methods(quantization_method)
-
-    def mark(cls: type) -> type:
-        marks = {"quantization_target": target, "quantization_method": methods}
-        marks["identifier"] = cls.__name__ if identifier is None else identifier
-        for name, value in marks.items():
-            setattr(cls, name, value)
-        return cls
-
-    return mark
-
-
-def _check_methods(methods: Any) -> list[QuantizationMethod]:
-    if not isinstance(methods, (list, tuple)) or not methods:
-        raise bad_type(
-            "quantization_method",
-            methods,
-            "a list of QuantizationMethod",
-            "Pass for example [QuantizationMethod.SYMMETRIC].",
-        )
-    return [check_member("quantization_method", m, QuantizationMethod) for m in methods]
-
+from keras_qwrap.quantizers.marks import check_methods
 
 _CONFIG_OF = {
     QuantizationTarget.Weights: TrainableQuantizerWeightsConfig,
@@ -85,11 +26,17 @@ _CONFIG_OF = {
 }
 
 
+_STATED = ("quantization_target", "quantization_method")
+
+
 def check_config_is_complete(quantizer: Any, config: Mapping) -> None:
     """Refuse a config that misses an argument of the quantizer's constructor."""
     catch_alls = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(type(quantizer)).parameters.values()
     missing = [p.name for p in parameters if p.kind not in catch_alls and p.name not in config]
+    # What the class states itself, marked by `mark_quantizer`, is there without a config.
+    stated = {name: getattr(type(quantizer), name, None) for name in _STATED}
+    missing = [name for name in missing if stated.get(name) != getattr(quantizer, name, name)]
     if missing:
         raise ValueError(
             f"{type(quantizer).__name__}.get_config: received {sorted(config)}, expected every "
@@ -105,7 +52,37 @@ def arguments_of(quantizer: Any, known: Mapping[str, Any]) -> dict:
     return {p.name: known[p.name] for p in given if repr(known[p.name]) != repr(p.default)}
 
 
-class BaseKerasInferableQuantizer:
+class _Quantizer:
+    """What the rest of the package asks any quantizer, with the answers of one that says nothing.
+
+    A class answers otherwise by an attribute or a property of that name.
+    """
+
+    quantization_target: QuantizationTarget
+    """Weights or activations."""
+    quantization_method: list[QuantizationMethod]
+    """The methods that the class supports."""
+    identifier: Any = None
+    """Any name by which a project finds its quantizer again."""
+    enabled: Any = True
+    """Whether it quantizes at all; if not, it is never called."""
+    passes_input: Any = False
+    """Whether it leaves tensors in float, now and once it is converted."""
+    takes_range: Any = False
+    """Whether `calibrate` finds its range in data, and hands it to `set_range`."""
+    needs_range: Any = False
+    """Whether calibration or training must find its range before it can be converted."""
+    range: Any = None
+    """Its ends, `(low, high)`: of the grid of an activation, or as a report shows them: the least
+    and the greatest of the thresholds, or of the ends, of a weight. None where there are none yet,
+    and for a class that does not say."""
+    pass_whole_numbers: Any = False
+    """Whether calibration tells it if its data are whole numbers, which it then passes."""
+    whole_numbers: bool | None = None
+    """Whether calibration found whole numbers alone; None if not known."""
+
+
+class BaseKerasInferableQuantizer(_Quantizer):
     """A quantizer whose parameters are fixed.
 
     A subclass gives `__call__`, `get_config`, `num_bits`, `scale`, `zero_point`,
@@ -134,15 +111,6 @@ class BaseKerasInferableQuantizer:
     print(keras.ops.convert_to_numpy(holder(keras.ops.array([[-3.0, 2.0]]))))  # [[-0.5  0.5]]
     ```
     """
-
-    quantization_target: QuantizationTarget
-    quantization_method: list[QuantizationMethod]
-    identifier: Any
-    enabled = True
-    passes_input = False
-    needs_range = False
-    pass_whole_numbers = False
-    whole_numbers: bool | None = None
 
     def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
         """Create the quantizer's variables through `layer.add_weight`; none by default."""
@@ -200,13 +168,17 @@ class BaseKerasInferableQuantizer:
         return cls(**config)
 
 
-class BaseKerasTrainableQuantizer:
+class BaseKerasTrainableQuantizer(_Quantizer):
     """A quantizer that is trained with its layer, and gives an inferable twin afterwards.
 
     A subclass defines `initialize_quantization`, which creates variables through
     `layer.add_weight` and returns them, `__call__(inputs)` or `__call__(inputs, training)`, and
     `convert2inferable`. Target and methods are passed to this constructor or given by
     `mark_quantizer`. An object belongs to the one wrapper or holder that it is given to.
+
+    A quantizer of activations that also defines `set_range` and `range` is calibrated by
+    `calibrate` and reported as not calibrated before; one whose range training moves defines
+    `freeze_range`, for `FreezeRanges`, and may define `delay_quantization`.
 
     Args:
         quantization_config: a `TrainableQuantizerWeightsConfig` or a
@@ -254,14 +226,10 @@ class BaseKerasTrainableQuantizer:
     ```
     """
 
-    quantization_target: QuantizationTarget
-    quantization_method: list[QuantizationMethod]
-    identifier: Any = None
-    needs_range = False
-    """Whether calibration or training must find its range before it can be converted."""
-    pass_whole_numbers = False
-    """Whether calibration tells it if its data are whole numbers, which it then passes."""
-    whole_numbers: bool | None = None
+    range_method: str = "mse"
+    """How `calibrate` finds its range, unless it is told: one of its methods."""
+    momentum: float = 0.99
+    """Share of the old range where `calibrate` moves it from batch to batch, as training would."""
     _owner: weakref.ref | None = None
 
     def __init__(
@@ -275,7 +243,7 @@ class BaseKerasTrainableQuantizer:
                 "quantization_target", quantization_target, QuantizationTarget
             )
         if quantization_method is not None:
-            self.quantization_method = _check_methods(quantization_method)
+            self.quantization_method = check_methods(quantization_method)
         if not hasattr(self, "quantization_target") or not hasattr(self, "quantization_method"):
             raise TypeError(
                 f"{type(self).__name__}: received no quantization target and methods, expected "
@@ -326,6 +294,47 @@ class BaseKerasTrainableQuantizer:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(inputs).")
+
+    @classmethod
+    def from_spec(
+        cls, quantization_config: Any, range: str, pass_whole_numbers: bool = False
+    ) -> "BaseKerasTrainableQuantizer":
+        """The quantizer that a recipe puts where a spec asks for this class.
+
+        Args:
+            quantization_config: what the constructor takes.
+            range: the spec's word for how the range is found.
+            pass_whole_numbers: whether it should pass whole numbers, if it can.
+        """
+        return cls(quantization_config)
+
+    @property
+    def takes_range(self) -> bool:
+        """Whether it quantizes activations, and defines `set_range`."""
+        defined = type(self).set_range is not BaseKerasTrainableQuantizer.set_range
+        target = self.quantization_target is QuantizationTarget.Activation
+        return self.enabled and defined and target
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether it is built, and has no range yet."""
+        waits = self.takes_range and not self.passes_input and bool(self.quantizer_parameters)
+        return waits and self.range is None
+
+    def set_range(self, low: float, high: float) -> None:
+        """Store a range; two zeros say that there were zeros alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define set_range(low, high).")
+
+    def set_whole_numbers(self, whole: bool) -> None:
+        """Store whether there are whole numbers alone; only with `pass_whole_numbers`."""
+        raise NotImplementedError(f"{type(self).__name__} must define set_whole_numbers(whole).")
+
+    def freeze_range(self) -> None:
+        """Let training leave the range as it is, from now on; by default it does so anyway."""
+
+    def delay_quantization(self, steps: int) -> None:
+        """Pass the tensor unquantized in the first `steps` training calls."""
+        raise NotImplementedError(f"{type(self).__name__} must define delay_quantization(steps).")
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
         """An inferable quantizer that gives the same outputs."""

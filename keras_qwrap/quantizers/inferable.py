@@ -7,8 +7,8 @@ import keras
 
 from keras_qwrap.numerics.channels import Channels, check_bool, make_channels
 from keras_qwrap.numerics.grids import IntegerGrid, check_num_bits
-from keras_qwrap.quantizers.base import mark_quantizer
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
+from keras_qwrap.quantizers.marks import mark_quantizer
 from keras_qwrap.quantizers.stored_range import (
     LookupQuantizer,
     SymmetricQuantizer,

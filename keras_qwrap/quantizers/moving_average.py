@@ -12,12 +12,11 @@ from keras_qwrap.numerics.channels import check_bool
 from keras_qwrap.numerics.checks import bad_type, bad_value
 from keras_qwrap.numerics.grids import IntegerGrid, float_array
 from keras_qwrap.numerics.rounding import fake_quantize_where, normal
-from keras_qwrap.numerics.search import check_range_method
+from keras_qwrap.numerics.search import RANGE_METHODS, check_range_method
 from keras_qwrap.numerics.tensors import Tensor, as_tensor, float32_input, read, to_numpy
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
     BaseKerasTrainableQuantizer,
-    mark_quantizer,
 )
 from keras_qwrap.quantizers.config import (
     PACKAGE,
@@ -29,6 +28,7 @@ from keras_qwrap.quantizers.inferable import (
     ActivationSymmetricInferableQuantizer,
     ActivationUniformInferableQuantizer,
 )
+from keras_qwrap.quantizers.marks import mark_quantizer
 from keras_qwrap.quantizers.stored_range import check_range
 
 _LARGEST = np.float32(2.0**125)
@@ -45,6 +45,7 @@ _ENDS = ("min_range", "max_range")
 @mark_quantizer(
     QuantizationTarget.Activation,
     [QuantizationMethod.UNIFORM, QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO],
+    ranges=RANGE_METHODS,
 )
 class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     """Activation quantizer that learns its range while it is trained, or is given it.
@@ -114,6 +115,13 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         self._first_range = _range_in_params(
             config.activation_quantization_params, config.min_threshold
         )
+
+    @classmethod
+    def from_spec(
+        cls, quantization_config: Any, range: str, pass_whole_numbers: bool = False
+    ) -> "MovingAverageActivationQATQuantizer":
+        """One that `calibrate` gives its range by the spec's method."""
+        return cls(quantization_config, range_method=range, pass_whole_numbers=pass_whole_numbers)
 
     def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
         """Create the variables of the state."""
@@ -227,11 +235,6 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         return low.item(), high.item()
 
     @property
-    def needs_range(self) -> bool:  # type: ignore[override]
-        """Whether it is built, and has no range yet."""
-        return bool(self.quantizer_parameters) and not self.passes_input and self.range is None
-
-    @property
     def whole_numbers(self) -> bool | None:  # type: ignore[override]
         """Whether the data of the last calibration were whole numbers alone; None if not known."""
         if "whole_numbers" not in self.quantizer_parameters:
@@ -259,6 +262,14 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         least, most = _check_ends("set_range", low, high)
         for role, end in zip(_ENDS, ranges.to_store(least, most, bits, np), strict=True):
             self.quantizer_parameters[role].assign(end)
+
+    def freeze_range(self) -> None:
+        """Let training leave the range as it is, once there is one; saved with the model."""
+        self.quantizer_parameters["frozen"].assign(True)
+
+    def delay_quantization(self, steps: int) -> None:
+        """Pass the tensor unquantized in the first `steps` training calls since it was built."""
+        self.quantizer_parameters["delay"].assign(steps)
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
         """An inferable quantizer with the stored range.

@@ -14,7 +14,6 @@ from keras_qwrap.numerics.tensors import Tensor, float32_input, to_numpy
 from keras_qwrap.quantizers.base import (
     BaseKerasInferableQuantizer,
     BaseKerasTrainableQuantizer,
-    mark_quantizer,
 )
 from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
 from keras_qwrap.quantizers.inferable import (
@@ -25,6 +24,7 @@ from keras_qwrap.quantizers.inferable import (
     WeightsSymmetricInferableQuantizer,
     WeightsUniformInferableQuantizer,
 )
+from keras_qwrap.quantizers.marks import mark_quantizer
 
 
 def _check_keys(quantizer: Any, params: dict, known: set[str]) -> None:
@@ -146,7 +146,9 @@ class _STEWeights(_STEQuantizer):
 
 @keras.saving.register_keras_serializable(PACKAGE)
 @mark_quantizer(
-    QuantizationTarget.Weights, [QuantizationMethod.POWER_OF_TWO, QuantizationMethod.SYMMETRIC]
+    QuantizationTarget.Weights,
+    [QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO],
+    ranges=["weight", "mse"],
 )
 class STEWeightQATQuantizer(_STEWeights):
     """Symmetric or power-of-two weights quantizer with a straight-through gradient.
@@ -224,7 +226,7 @@ class STEWeightQATQuantizer(_STEWeights):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-@mark_quantizer(QuantizationTarget.Weights, [QuantizationMethod.UNIFORM])
+@mark_quantizer(QuantizationTarget.Weights, [QuantizationMethod.UNIFORM], ranges=["weight"])
 class STEUniformWeightQATQuantizer(_STEWeights):
     """Uniform weights quantizer with a straight-through gradient.
 
@@ -311,7 +313,7 @@ def _given_range(quantizer: Any, params: dict) -> tuple[Any, Any]:
 
 @keras.saving.register_keras_serializable(PACKAGE)
 @mark_quantizer(
-    QuantizationTarget.Activation, [QuantizationMethod.POWER_OF_TWO, QuantizationMethod.SYMMETRIC]
+    QuantizationTarget.Activation, [QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO]
 )
 class STEActivationQATQuantizer(_STEQuantizer):
     """Symmetric or power-of-two activation quantizer with a straight-through gradient.

@@ -7,27 +7,15 @@ from typing import Any
 from keras_qwrap.numerics.channels import check_bool, check_channel_axis, make_channels
 from keras_qwrap.numerics.checks import bad_type, bad_value, nearest
 from keras_qwrap.numerics.grids import check_num_bits
-from keras_qwrap.numerics.search import RANGE_METHODS
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
 from keras_qwrap.quantizers.config import (
     QuantizationMethod,
+    QuantizationTarget,
     TrainableQuantizerActivationConfig,
     TrainableQuantizerWeightsConfig,
+    as_method,
 )
-from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.quantizers.ste import STEUniformWeightQATQuantizer, STEWeightQATQuantizer
-
-_WEIGHTS = {
-    "symmetric": (STEWeightQATQuantizer, QuantizationMethod.SYMMETRIC),
-    "power_of_two": (STEWeightQATQuantizer, QuantizationMethod.POWER_OF_TWO),
-    "uniform": (STEUniformWeightQATQuantizer, QuantizationMethod.UNIFORM),
-}
-_WEIGHT_RANGES = ("weight", "mse")
-_ACTIVATIONS = {
-    "uniform": (MovingAverageActivationQATQuantizer, QuantizationMethod.UNIFORM),
-    "symmetric": (MovingAverageActivationQATQuantizer, QuantizationMethod.SYMMETRIC),
-    "power_of_two": (MovingAverageActivationQATQuantizer, QuantizationMethod.POWER_OF_TWO),
-}
+from keras_qwrap.quantizers.marks import offered
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
@@ -45,6 +33,20 @@ def _method_name(value: Any, choices: Iterable[str]) -> str:
     name = name.lower() if isinstance(name, str) else name
     check_choice("method", name, choices)
     return name
+
+
+def _check_spec(spec: Any, target: QuantizationTarget) -> None:
+    """Refuse a spec unless a quantizer of the target offers its method, found by its range."""
+    choices = offered(target)
+    object.__setattr__(spec, "num_bits", check_num_bits(spec.num_bits))
+    methods = list(dict.fromkeys(method for method, _ in choices))
+    object.__setattr__(spec, "method", _method_name(spec.method, methods))
+    check_choice("range", spec.range, dict.fromkeys(word for _, word in choices))
+    if (spec.method, spec.range) not in choices:
+        ranges = " or ".join(repr(word) for method, word in choices if method == spec.method)
+        others = " or ".join(repr(method) for method, word in choices if word == spec.range)
+        fix = f"Choose method {others}, or range {ranges}."
+        raise bad_value("range", spec.range, f"{ranges} with method {spec.method!r}", fix)
 
 
 def _text(value: Any) -> str:
@@ -112,13 +114,8 @@ class WeightsSpec(Declared):
     range: str = "weight"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_bits", check_num_bits(self.num_bits))
-        object.__setattr__(self, "method", _method_name(self.method, _WEIGHTS))
+        _check_spec(self, QuantizationTarget.Weights)
         object.__setattr__(self, "per_channel", check_bool("per_channel", self.per_channel))
-        check_choice("range", self.range, _WEIGHT_RANGES)
-        if self.range == "mse" and self.method == "uniform":
-            fix = "Choose method 'symmetric' or 'power_of_two', or range 'weight'."
-            raise bad_value("range", "mse", "'weight' with method 'uniform'", fix)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,9 +145,7 @@ class ActivationSpec(Declared):
     range: str = "mse"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_bits", check_num_bits(self.num_bits))
-        object.__setattr__(self, "method", _method_name(self.method, _ACTIVATIONS))
-        check_choice("range", self.range, RANGE_METHODS)
+        _check_spec(self, QuantizationTarget.Activation)
 
 
 def weights_quantizer(
@@ -186,15 +181,15 @@ def weights_quantizer(
     kept: tuple[int, ...] = ()
     if channel_axes is not None:
         kept = make_channels(True, check_channel_axis(channel_axes), rank).kept
-    cls, method = _WEIGHTS[str(spec.method)]
     config = TrainableQuantizerWeightsConfig(
-        method,
+        as_method("method", spec.method),
         spec.num_bits,
         params or {},
         weights_channels_axis=kept or -1,
         weights_per_channel_threshold=spec.per_channel and 0 < len(kept) < rank,
     )
-    return cls(config)
+    cls: Any = offered(QuantizationTarget.Weights)[str(spec.method), spec.range]
+    return cls.from_spec(config, spec.range)
 
 
 def activation_quantizer(
@@ -213,6 +208,6 @@ def activation_quantizer(
     print(quantizer.quantization_config.activation_n_bits)  # 4
     ```
     """
-    cls, method = _ACTIVATIONS[str(spec.method)]
-    config = TrainableQuantizerActivationConfig(method, spec.num_bits)
-    return cls(config, range_method=spec.range, pass_whole_numbers=pass_whole_numbers)
+    config = TrainableQuantizerActivationConfig(as_method("method", spec.method), spec.num_bits)
+    cls: Any = offered(QuantizationTarget.Activation)[str(spec.method), spec.range]
+    return cls.from_spec(config, spec.range, pass_whole_numbers)

@@ -14,7 +14,7 @@ from keras_qwrap.files.limits import Contents, read_contents
 from keras_qwrap.layers.owner import Quantizer, inferable_twin
 from keras_qwrap.numerics.checks import bad_value
 from keras_qwrap.numerics.packing import expand, histogram, read_header
-from keras_qwrap.quantizers.config import PACKAGE, QuantizationTarget
+from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.reports.rows import measure_activation
 
 _QUANTIZING = ("KerasQuantizationWrapper", "KerasActivationQuantizationHolder", "QuantizedModel")
@@ -30,7 +30,7 @@ class InspectedQuantizer:
         num_bits: width of the codes; None if the config does not say.
         range: as in the report: of a weight the least and the greatest threshold or end, of an
             output `(-t, t)` or `(0, t)` for a threshold `t`. None if there is none yet, if the file
-            does not hold it, and for quantizers that are not of this package.
+            does not hold it, and for quantizers whose classes are not registered.
         shape: of the weight, if its codes are stored.
         codes: the codes that occur, with their counts, or None.
         bytes: of the stored codes, 0 if there are none.
@@ -119,8 +119,8 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     """What a `.keras` or `.h5` file holds: layers, quantizers, codes, sizes, versions, digest.
 
     No layer is built, so that this works without the classes that a model is made of, and for files
-    that cannot be loaded. Quantizers of this package are asked for their ranges, with the variables
-    that the file holds.
+    that cannot be loaded. Quantizers whose classes are registered are asked for their ranges, with
+    the variables that the file holds.
 
     Args:
         path: the file.
@@ -370,7 +370,7 @@ def _quantizer(
 
 
 def _made(node: Any, config: dict) -> Quantizer | None:
-    """The quantizer that a config describes, if all classes in it are of this package."""
+    """The quantizer that a config describes, if all classes in it are registered."""
     waiting, names = [node], set()
     while waiting:
         part = waiting.pop()
@@ -379,15 +379,14 @@ def _made(node: Any, config: dict) -> Quantizer | None:
         if isinstance(part, dict) and "class_name" in part:
             names.add(str(part.get("registered_name")))
     classes = {name: keras.saving.get_registered_object(name) for name in names}
-    own = all(
-        isinstance(cls, type) and cls.__module__.split(".")[0] == PACKAGE
-        for cls in classes.values()
-    )
+    cls = classes.get(str(_dict(node).get("registered_name")))
+    known = all(isinstance(each, type) for each in classes.values())
+    if not known or not isinstance(cls, type) or not issubclass(cls, Quantizer):
+        return None
     try:
-        made = classes[str(node["registered_name"])].from_config(config) if own else None
+        return cls.from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
-    return made if hasattr(made, "quantization_target") else None
 
 
 def _dict(node: Any) -> dict:

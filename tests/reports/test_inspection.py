@@ -281,8 +281,9 @@ class Own(qi.BaseKerasInferableQuantizer):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_quantizers_of_others_are_not_asked(ending, tmp_path):
+def test_quantizers_of_unknown_classes_are_not_asked(ending, tmp_path, monkeypatch):
     """Nor are the variables that follow theirs taken for others."""
+    monkeypatch.delitem(keras.saving.get_custom_objects(), "test_inspection>Own")
     config = qi.TrainableQuantizerActivationConfig(qi.QuantizationMethod.UNIFORM)
     moving = qi.MovingAverageActivationQATQuantizer(config)
     lstm = layers.LSTM(2, return_state=True)
