@@ -13,7 +13,7 @@ from keras_qwrap.files.saving import (
     save_quantized_model,
 )
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
-from keras_qwrap.layers.layer_table import register_layer_weights
+from keras_qwrap.layers.layer_table import register_layer, register_layer_weights
 from keras_qwrap.layers.weights import weight_paths
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.models.batch_norm import fold_batch_norm, fold_scales
@@ -114,6 +114,7 @@ __all__ = [
     "migrate_mct_file",
     "quantization_report",
     "quantize_model",
+    "register_layer",
     "register_layer_weights",
     "save_quantized_model",
     "unwrap_model",

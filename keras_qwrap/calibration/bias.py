@@ -13,10 +13,9 @@ from keras import ops
 
 from keras_qwrap.calibration.batches import batches
 from keras_qwrap.layers.keras_internals import graph_nodes, state_kept, sublayers
+from keras_qwrap.layers.layer_table import Behaviour, behaviour_of, is_batch_normalization
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.models.copying import Copier, check_graph, is_graph
-from keras_qwrap.models.placement import LINEAR
-from keras_qwrap.models.taps import kind
 from keras_qwrap.numerics.checks import bad_value
 from keras_qwrap.numerics.tensors import Tensor, to_numpy
 
@@ -194,14 +193,15 @@ def _offsets(model: keras.Model) -> dict[str, _Offset]:
     calls = Counter(id(layer) for _, layer in _layers(model))
     for path, layer in _layers(model):
         # Calls of a shared layer need not come in the same order in both models.
-        if calls[id(layer)] > 1 or kind(layer) not in LINEAR:
+        if calls[id(layer)] > 1 or behaviour_of(layer) is not Behaviour.LINEAR:
             continue
-        if isinstance(layer.activation, keras.Layer):
+        activation = getattr(layer, "activation", None)
+        if activation is None or isinstance(activation, keras.Layer):
             continue
         if getattr(layer, "bias", None) is not None:
             first = getattr(layer, "data_format", None) == "channels_first"
             found[path] = _Offset(layer, layer.bias, axis=1 if first else None)
-        elif id(layer) in norms and layer.activation is keras.activations.linear:
+        elif id(layer) in norms and activation is keras.activations.linear:
             norm = norms[id(layer)]
             found[path] = _Offset(layer, norm.moving_mean, -1, norm.axis)
     return found
@@ -233,7 +233,7 @@ def _normalizations(model: keras.Model) -> dict[int, keras.Layer]:
         for node in found:
             source = made_by.get(id(node.inputs[0]))
             alone = uses[id(node.inputs[0])] == calls[id(source)] == calls[id(node.operation)] == 1
-            if kind(node.operation) == "BatchNormalization" and alone:
+            if alone and is_batch_normalization(node.operation):
                 norms[id(_inside(source))] = node.operation
     return norms
 

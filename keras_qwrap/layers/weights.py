@@ -23,17 +23,17 @@ def variables_of_weights(layer: keras.Layer) -> list[keras.Variable]:
 def weight_paths(layer: keras.Layer) -> dict[str, keras.Variable]:
     """Every variable of a built layer by the shortest attribute path that leads to it.
 
-    Layers inside that have an alias (see `layer_weights`) go by it.
+    Layers inside that have an alias (see `register_layer`) go by it.
 
     Example:
 
     ```python
     import keras
-    from keras_qwrap.layers.weights import weight_paths
+    import keras_qwrap as qi
 
     layer = keras.layers.LSTM(2)
     layer.build((None, 3, 4))
-    print(sorted(weight_paths(layer)))  # ['cell/bias', 'cell/kernel', 'cell/recurrent_kernel']
+    print(sorted(qi.weight_paths(layer)))  # ['cell/bias', 'cell/kernel', 'cell/recurrent_kernel']
     ```
     """
     wanted = {id(variable) for variable in variables_of_weights(layer)}
@@ -136,7 +136,7 @@ def find_weight(layer: keras.Layer, path: str) -> keras.Variable:
     Args:
         layer: a built layer.
         path: attributes, list indices and dictionary keys joined by `/`; an attribute may go by
-            its alias (see `layer_weights`).
+            its alias (see `register_layer`).
 
     Raises:
         ValueError: there is no such weight; the message lists those that exist.
@@ -199,7 +199,7 @@ def default_weights(layer: keras.Layer) -> dict[str, Axes]:
     """The weights of a built layer that are quantized by default, and the axes that are kept.
 
     The layers inside count with it. Each layer class follows its row in
-    `layer_weights.ROWS`; a row of an outer layer goes before those of the layers inside. Where
+    `layer_table.ROWS`; a row of an outer layer goes before those of the layers inside. Where
     there is no row, the trainable floating-point weights of largest rank that the class itself
     owns are taken if that rank is 2 or more, with a range for each index of the last axis.
 
@@ -213,18 +213,6 @@ def default_weights(layer: keras.Layer) -> dict[str, Axes]:
 
     Raises:
         ValueError: the layer is not built, or registered axes do not fit the weight.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.layers.weights import default_weights
-
-    layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
-    layer.build((None, 3, 4))
-    print(list(default_weights(layer))[:2])  # ['backward_layer/cell/kernel', 'backward_layer/ce...
-    print(set(default_weights(layer).values()))  # {-1}
-    ```
     """
     if not layer.built:
         raise bad_value(
@@ -256,7 +244,7 @@ def _own_defaults(
     if row is None:
         return [(variable, -1) for variable in _largest_kernels(layer)]
     found = []
-    for path, axes in row[1].weights.items():
+    for path, axes in (row[1].weights or {}).items():
         variable = follow(layer, path)
         if _is_float_weight(layer, variable):
             kept = axes(layer) if callable(axes) else axes
@@ -278,7 +266,7 @@ def _check_axes_fit(name: str, axes: Axes, rank: int) -> None:
             name,
             axes,
             f"axes of a weight of rank {rank}",
-            "Register other axes with `register_layer_weights`.",
+            "Register other axes with `register_layer`.",
         )
 
 
@@ -302,24 +290,12 @@ def _largest_kernels(layer: keras.Layer) -> list[keras.Variable]:
 
 
 def weight_reason(layer: keras.Layer) -> str:
-    """Why weights that a layer itself owns stay float by default, in a few words for a report.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.layers.weights import weight_reason
-
-    layer = keras.layers.Dense(2)
-    layer.build((None, 3))
-    print(weight_reason(layer))  # Dense: a bias is small, and integer kernels add it in 32 bits
-    print(weight_reason(keras.layers.ReLU()))  # ReLU has no weights of its own
-    ```
-    """
+    """Why weights that a layer itself owns stay float by default, in a few words for a report."""
     name = type(layer).__name__
     row = find_row(layer)
     if row is not None:
-        missing = [p for p in row[1].weights if not _is_float_weight(layer, follow(layer, p))]
+        named = row[1].weights or {}
+        missing = [p for p in named if not _is_float_weight(layer, follow(layer, p))]
         absent = f"; this layer has no float weight {', '.join(missing)}" if missing else ""
         return f"{row[0]}: {row[1].reason}{absent}"
     if not own_weights(layer):

@@ -7,12 +7,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers
 
 from keras_qwrap.layers.keras_internals import graph_nodes, sublayers
+from keras_qwrap.layers.layer_table import OutputChannels, is_batch_normalization, row_of_outputs
+from keras_qwrap.layers.remaking import made_again
+from keras_qwrap.layers.weights import follow, weight_paths
 from keras_qwrap.models.copying import Copier, check_graph, is_graph
-from keras_qwrap.models.placement import LINEAR
-from keras_qwrap.models.taps import kind
 from keras_qwrap.numerics.channels import Channels, make_channels
 from keras_qwrap.numerics.checks import bad_type, bad_value
 from keras_qwrap.numerics.grids import SMALLEST_SCALE, IntegerGrid, check_scale, float_array
@@ -72,9 +72,9 @@ def fold_scales(
     Example:
 
     ```python
-    from keras_qwrap.models.batch_norm import fold_scales
+    import keras_qwrap as qi
 
-    folded = fold_scales(
+    folded = qi.fold_scales(
         codes=[[1, 100], [-7, 3]], scale=[0.5, 0.25], bias=None, gamma=[2.0, -1.0],
         beta=None, moving_mean=[1.0, 1.0], moving_variance=[3.0, 3.0], epsilon=1.0,
         channel_axis=-1,
@@ -196,7 +196,8 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
     `model` is left as it is.
 
     Absorbed is a `BatchNormalization` that directly follows a Dense, EinsumDense or convolution
-    layer of Keras (of a separable one, the pointwise part absorbs it), also inside nested models.
+    layer of Keras (of a separable one, the pointwise part absorbs it), or a class that
+    `register_layer` knows as linear with a weight to fold, also inside nested models.
     It stays where the layer before has an activation, constraint or activity regularizer of its
     own, is shared, has LoRA or integer weights, or gives its output to something else as well;
     where the two differ in their channel axis or compute dtype; where it is called with
@@ -213,7 +214,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
 
     ```python
     import keras
-    from keras_qwrap.models.batch_norm import fold_batch_norm
+    import keras_qwrap as qi
 
     model = keras.Sequential([
         keras.Input((8, 8, 3)),
@@ -221,7 +222,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
         keras.layers.BatchNormalization(name="norm"),
         keras.layers.ReLU(name="relu"),
     ])
-    folded = fold_batch_norm(model)
+    folded = qi.fold_batch_norm(model)
     print([layer.name for layer in folded.layers])  # ['conv', 'relu']
     print(folded.get_layer("conv").use_bias)  # True
     ```
@@ -247,46 +248,22 @@ class _Fold:
     config: dict
 
 
-@dataclass(frozen=True)
-class _Channels:
-    """How a layer makes its output channels: the kernel `path`, along its `kernel_axes`.
-
-    `bias_shape` is that of a vector of them that broadcasts against the bias, `config` what makes
-    sure that there is one.
-    """
-
-    path: str
-    kernel_axes: tuple[int, ...]
-    bias_shape: tuple[int, ...]
-    config: dict
-
-
-def _kernel(name: str) -> tuple[str, tuple[int, ...]]:
-    """The kernel that makes the output channels of a class of layers, and its axes of them."""
-    if name.startswith("Separable"):
-        return "pointwise_kernel", (-1,)
-    if name.startswith("Depthwise"):
-        return "kernel", (-2, -1)
-    return "kernel", (-2,) if name.endswith("Transpose") else (-1,)
-
-
-def _output_channels(layer: keras.Layer, rank: int, axis: int) -> _Channels | None:
+def _output_channels(layer: keras.Layer, rank: int, axis: int) -> OutputChannels | None:
     """How `layer`, whose output has `rank` axes, makes the channels along `axis`, if it does."""
-    if type(layer) is layers.EinsumDense:
-        operands, result = layer.equation.replace(" ", "").split("->")
-        kernel = operands.split(",")[1]
-        before, _, after = result.partition("...")
-        label = (before + "." * (rank - len(before) - len(after)) + after)[axis]
-        config = {} if layer.bias_axes else {"bias_axes": label}
-        bias_shape = (-1,) + (1,) * (rank - 1 - axis)
-        found = label in kernel
-        return _Channels("kernel", (kernel.index(label),), bias_shape, config) if found else None
+    row = row_of_outputs(layer)
+    if callable(row.fold):
+        return row.fold(layer, rank, axis)
     first = getattr(layer, "data_format", None) == "channels_first"
-    linear = kind(layer) in LINEAR and type(layer) is getattr(layers, kind(layer))
-    if not linear or axis != (1 if first else rank - 1):
+    if row.fold is None or axis != (1 if first else rank - 1):
         return None
-    path, kernel_axes = _kernel(kind(layer))
-    return _Channels(path, kernel_axes, (-1,), {"use_bias": True})
+    needs_bias = getattr(layer, "bias", None) is None
+    if needs_bias and "use_bias" not in layer.get_config():
+        return None
+    kept = (row.weights or {}).get(row.fold)
+    axes = (kept,) if isinstance(kept, int) else kept
+    if not isinstance(axes, tuple) or not isinstance(follow(layer, row.fold), keras.Variable):
+        return None
+    return OutputChannels(row.fold, axes, (-1,), {"use_bias": True} if needs_bias else {})
 
 
 def _find_folds(model: keras.Model) -> list[_Fold]:
@@ -300,7 +277,7 @@ def _find_folds(model: keras.Model) -> list[_Fold]:
         uses.update(id(tensor) for tensor in graph.outputs)
         for node in nodes[key]:
             source, norm = made_by.get(id(node.inputs[0])), node.operation
-            if type(norm) is not layers.BatchNormalization or source is None:
+            if not is_batch_normalization(norm) or source is None:
                 continue
             shared = calls[id(source.operation)] > 1 or calls[id(norm)] > 1
             if uses[id(node.inputs[0])] == 1 and not shared:
@@ -314,16 +291,19 @@ def _fold(layer: keras.Layer, rank: int, norm: keras.Layer) -> _Fold | None:
     output = _output_channels(layer, rank, norm.axis % rank)
     if output is None or not _is_linear(layer, norm):
         return None
-    kernel, numbers = to_numpy(getattr(layer, output.path)), _statistics(norm, output.bias_shape)
+    kernel, numbers = to_numpy(follow(layer, output.path)), _statistics(norm, output.bias_shape)
     shape = [1] * kernel.ndim
-    for axis in output.kernel_axes:
+    for axis in output.axes:
         shape[axis] = kernel.shape[axis]
-    old_bias = 0.0 if layer.bias is None else to_numpy(layer.bias).astype(np.float64)
+    if math.prod(shape) != math.prod(norm.moving_mean.shape):
+        return None
+    bias = getattr(layer, "bias", None)
+    old_bias = 0.0 if bias is None else to_numpy(bias).astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         new_bias = numbers.shift(old_bias).astype(kernel.dtype)
         wide = kernel.astype(np.float64) * numbers.multiplier.reshape(shape)
         new_kernel = wide.astype(kernel.dtype)
-    has_channels = layer.bias is None or new_bias.shape == tuple(layer.bias.shape)
+    has_channels = bias is None or new_bias.shape == tuple(bias.shape)
     if not (has_channels and np.isfinite(new_kernel).all() and np.isfinite(new_bias).all()):
         return None
     return _Fold(layer, norm, output.path, new_kernel, new_bias, output.config)
@@ -333,7 +313,7 @@ def _is_linear(layer: keras.Layer, norm: keras.Layer) -> bool:
     """Whether nothing but the kernel and bias acts between the layer's input and `norm`."""
     constraints = [v for name, v in layer.get_config().items() if name.endswith("_constraint")]
     return (
-        layer.activation in (None, keras.activations.linear)
+        getattr(layer, "activation", None) in (None, keras.activations.linear)
         and layer.compute_dtype == norm.compute_dtype
         and layer.activity_regularizer is None
         and norm.activity_regularizer is None
@@ -369,9 +349,11 @@ class _Folder(Copier):
     def copy_model(self, model: keras.Model) -> keras.Model:
         new = super().copy_model(model)
         for fold, layer in self._folded:
-            weights = {weight.name: to_numpy(weight).copy() for weight in fold.layer.weights}
-            for name, value in (weights | {fold.path: fold.kernel, "bias": fold.bias}).items():
-                getattr(layer, name).assign(value)
+            kernel = follow(fold.layer, fold.path)
+            for path, weight in weight_paths(fold.layer).items():
+                value = fold.kernel if weight is kernel else to_numpy(weight).copy()
+                follow(layer, path).assign(value)
+            layer.bias.assign(fold.bias)
         return new
 
     def new_layer(self, layer: keras.Layer) -> keras.Layer | None:
@@ -380,13 +362,16 @@ class _Folder(Copier):
         if id(layer) not in self._folds:
             return self.plain_copy(layer)
         fold = self._folds[id(layer)]
-        new = type(layer).from_config(layer.get_config() | fold.config)
+        if fold.config:
+            new = type(layer).from_config(layer.get_config() | fold.config)
+        else:
+            new = made_again(layer)
         self._folded.append((fold, new))
         return new
 
     def call(self, layer: Any, new: Any, args: tuple, kwargs: dict) -> Any:
         in_training = kwargs.get("training") or any(value is True for value in args[1:])
-        if in_training and isinstance(layer, (layers.BatchNormalization, keras.Model)):
+        if in_training and isinstance(layer, (keras.layers.BatchNormalization, keras.Model)):
             self.called_in_training |= {id(inner) for inner in sublayers(layer)}
         if new is None:
             return args[0] if args else kwargs["inputs"]

@@ -22,7 +22,6 @@ The rules, for each operation of a Functional or Sequential graph:
   lengths, indices): its quantizer passes them, if calibration finds that its data hold no others.
 """
 
-import enum
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,100 +35,41 @@ from keras_qwrap.layers.keras_internals import (
     sublayers,
     traced_nodes,
 )
+from keras_qwrap.layers.layer_table import (
+    LOOKUPS,
+    Behaviour,
+    OutputRange,
+    activation_name,
+    behaviour_of,
+    is_custom,
+    is_identity,
+    may_look_up,
+    output_range,
+    row_of_outputs,
+)
 from keras_qwrap.models.copying import is_graph, unwrapped
-from keras_qwrap.models.taps import is_custom, is_identity, kind
 
-LINEAR = frozenset(
-    {f"Conv{rank}D{kind}" for rank in (1, 2, 3) for kind in ("", "Transpose")}
-    | {f"{kind}Conv{rank}D" for rank in (1, 2) for kind in ("Depthwise", "Separable")}
-    | {"Dense", "EinsumDense"}
-)
-SUMS = frozenset({"Add", "Subtract"})
-ACTIVATIONS = frozenset(
-    {"Activation", "ELU", "LeakyReLU", "PReLU", "ReLU", "Softmax"}
-    | {"Celu", "Elu", "Gelu", "Glu", "HardShrink", "HardSigmoid", "HardSilu", "HardTanh"}
-    | {"LeakyRelu", "LogSigmoid", "Relu", "Relu6", "Selu", "Sigmoid", "Silu", "SoftShrink"}
-    | {"Softplus", "Softsign", "SparsePlus", "Tanh", "TanhShrink", "Threshold"}
-)
-_OF_EACH_RANK = {"AdaptiveAveragePooling", "AdaptiveMaxPooling", "AveragePooling", "Cropping"} | {
-    *("GlobalAveragePooling", "GlobalMaxPooling", "MaxPooling", "UpSampling", "ZeroPadding"),
-}
-CARRIERS = frozenset(
-    {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in _OF_EACH_RANK}
-    | {"CenterCrop", "Flatten", "Permute", "RepeatVector"}
-    | {"AveragePool", "BroadcastTo", "Copy", "Diagonal", "ExpandDims", "Flip", "GetItem", "Max"}
-    | {"MaxPool", "Moveaxis", "Pad", "Ravel", "Repeat", "Reshape", "Roll", "Slice", "Split"}
-    | {"Squeeze", "StopGradient", "Swapaxes", "Take", "Tile", "Transpose", "Unstack"}
-)
-_LOOKUPS = frozenset(
-    {"CategoryEncoding", "Discretization", "Embedding", "HashedCrossing", "Hashing"}
-    | {"IntegerLookup", "Masking", "MultiHot", "OneHot", "ReversibleEmbedding", "StringLookup"}
-)
-"""What needs the exact values of its input."""
+_CARRIERS = frozenset({Behaviour.CARRIER, Behaviour.MAX_POOLING})
 
-_INDEXING = {
-    "CTCLoss": {"target", "target_length", "output_length"},
-    "SparseCategoricalCrossentropy": {"target"},
-    "TakeAlongAxis": {"indices"},
-}
-"""Functions that need the exact values of some arguments, and take floats for them."""
+_MAKING_NUMBERS = frozenset({Behaviour.SUM, Behaviour.MIXTURE, Behaviour.CONCATENATION})
+"""What makes of numbers those that a lookup reads: joins, shifts or masks them."""
 
-_CALLING_FUNCTIONS = frozenset(
-    {"AssociativeScan", "Cond", "ForiLoop", "Map", "Scan", "Switch", "VectorizedMap", "WhileLoop"}
-)
-"""Functions that are given functions, into which nobody can see."""
+_NORMALIZATIONS = frozenset({Behaviour.BATCH_NORMALIZATION, Behaviour.NORMALIZATION})
+
+_BEFORE_NORMALIZATION = frozenset({Behaviour.CONCATENATION, Behaviour.MASKING})
+"""What, beside linear layers, runs in one kernel with the batch normalization behind it."""
+
+_BEFORE_ACTIVATION = frozenset({Behaviour.SUM, Behaviour.BATCH_NORMALIZATION})
+"""What, beside linear layers, runs in one kernel with the activation function behind it."""
 
 _HIGHEST_RANK_OF_WHOLE_NUMBERS = 3
 """Rank, with the batch, of the inputs that may hold ids or lengths; others hold pixels."""
-
-_MAKING_NUMBERS = SUMS | {
-    *("Append", "Concatenate", "Hstack", "Maximum", "Minimum", "Multiply", "Rescaling", "Stack"),
-    *("Vstack", "Where"),
-}
-"""What makes of numbers those that a lookup reads: joins, shifts or masks them."""
-
-NORMALIZATIONS = frozenset({"BatchNormalization", "Normalization"})
-_MAX_POOLING = frozenset(
-    {f"{kind}{rank}D" for rank in (1, 2, 3) for kind in ("GlobalMaxPooling", "MaxPooling")}
-    | {"MaxPool"}
-)
-_UNIT = frozenset({"softmax", "sigmoid", "hardsigmoid"})
-_SIGNED_UNIT = frozenset({"tanh", "hardtanh"})
-
-
-class OutputRange(enum.Enum):
-    """How the range of an operation's outputs is known."""
-
-    DATA = "data"
-    UNIT = "unit"
-    SIGNED_UNIT = "signed unit"
 
 
 def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
     """The operations of a model's graph whose outputs are quantized, by `id`: each output's range.
 
     Nested models are left out; their own graphs hold what they quantize.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.models.placement import output_ranges
-
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 3)),
-            keras.layers.Conv2D(4, 3),
-            keras.layers.BatchNormalization(),
-            keras.layers.ReLU(),
-            keras.layers.Flatten(),
-            keras.layers.Dense(2, activation="softmax"),
-        ]
-    )
-    found = output_ranges(model)
-    print([found[id(layer)][0].value for layer in model.layers if id(layer) in found])
-    # ['data', 'unit']
-    ```
     """
     nodes = graph_nodes(model)
     fused = fusions(nodes, model.outputs)
@@ -248,7 +188,7 @@ def exact_inputs(model: keras.Model) -> dict[int, list[Any]]:
             if _needs_exactly(node, read, unknown=True) or not any(map(_is_float, node.outputs))
         ]
         operations = [unwrapped(node.operation) for node, _ in _readers(tensor, model)]
-        if operations and all(kind(operation) in NORMALIZATIONS for operation in operations):
+        if operations and all(map(is_normalization, operations)):
             exact = operations
         if exact:
             layers = [operation for operation in exact if isinstance(operation, keras.Layer)]
@@ -271,13 +211,13 @@ def _passes_on(node: GraphNode) -> bool:
     """Whether an operation only moves values, or is a function of one tensor alone."""
     function = not isinstance(node.operation, keras.Layer) and len(node.inputs) == 1
     if function:
-        return kind(node.operation) not in _LOOKUPS and kind(node.operation) not in _INDEXING
+        return behaviour_of(node.operation) not in LOOKUPS | {Behaviour.INDEXING}
     return carries_grid(unwrapped(node.operation))
 
 
 def _leads_to_lookups(node: GraphNode) -> bool:
     """Whether a lookup behind an operation needs the exact values of what the operation reads."""
-    return _passes_on(node) or kind(unwrapped(node.operation)) in _MAKING_NUMBERS
+    return _passes_on(node) or behaviour_of(unwrapped(node.operation)) in _MAKING_NUMBERS
 
 
 def _readers(
@@ -306,12 +246,12 @@ def _needs_exactly(node: GraphNode, tensor: keras.KerasTensor, unknown: bool = F
     layer without one nothing is known but what calibration finds.
     """
     operation = unwrapped(node.operation)
-    name = kind(operation)
-    if name in _LOOKUPS:
+    row = row_of_outputs(operation)
+    if row.behaviour in LOOKUPS:
         return True
     if not isinstance(operation, keras.Layer):
-        return name in _INDEXING and _is_argument(node, tensor, _INDEXING[name])
-    if not any(kind(part) in _LOOKUPS for part in sublayers(operation)):
+        return bool(row.exact) and _is_argument(node, tensor, row.exact)
+    if not any(map(may_look_up, sublayers(operation))):
         return False
     try:
         begin, nodes = traced_nodes(operation, node.arguments)
@@ -321,16 +261,17 @@ def _needs_exactly(node: GraphNode, tensor: keras.KerasTensor, unknown: bool = F
     reached = {id(new) for old, new in pairs if old is tensor}
     for inner in nodes:
         read = [each for each in inner.inputs if id(each) in reached]
-        if read and kind(inner.operation) in _CALLING_FUNCTIONS:
+        behaviour = behaviour_of(inner.operation)
+        if read and behaviour is Behaviour.CALLING:
             return unknown
-        to_integers = kind(inner.operation) == "Cast" and not _are_float(inner.outputs)
+        to_integers = behaviour is Behaviour.CAST and not _are_float(inner.outputs)
         if any(to_integers or _needs_exactly(inner, each, unknown) for each in read):
             return True
         reached.update(id(output) for output in inner.outputs if read)
     return False
 
 
-def _is_argument(node: GraphNode, tensor: keras.KerasTensor, names: set[str]) -> bool:
+def _is_argument(node: GraphNode, tensor: keras.KerasTensor, names: frozenset[str]) -> bool:
     args, kwargs = node.arguments
     given = inspect.signature(node.operation.call).bind(*args, **kwargs).arguments
     return any(given.get(name) is tensor for name in names)
@@ -338,7 +279,12 @@ def _is_argument(node: GraphNode, tensor: keras.KerasTensor, names: set[str]) ->
 
 def carries_grid(operation: Any) -> bool:
     """Whether outputs lie on the grid of a float input, as those of pooling or reshaping do."""
-    return kind(operation) in CARRIERS or is_identity(operation)
+    return behaviour_of(operation) in _CARRIERS or is_identity(operation)
+
+
+def is_normalization(operation: Any) -> bool:
+    """Whether an operation is made for inputs of unlike sizes."""
+    return behaviour_of(operation) in _NORMALIZATIONS
 
 
 def _is_float(tensor: keras.KerasTensor) -> bool:
@@ -351,27 +297,11 @@ def _are_float(tensors: list[keras.KerasTensor]) -> bool:
 
 def _fuses(operation: Any, reader: Any) -> bool:
     """Whether the one reader of an output, if there is one, runs in the same integer kernel."""
-    linear = kind(operation) in LINEAR and _activation_name(operation) in ("", "linear")
-    if kind(reader) == "BatchNormalization":
-        return linear or kind(operation) in {"Concatenate", "Masking"}
-    if kind(reader) in _MAX_POOLING:
-        moved = is_graph(operation) or carries_grid(operation) or kind(operation) == "Embedding"
+    behaviour, reading = behaviour_of(operation), behaviour_of(reader)
+    linear = behaviour is Behaviour.LINEAR and activation_name(operation) in ("", "linear")
+    if reading is Behaviour.BATCH_NORMALIZATION:
+        return linear or behaviour in _BEFORE_NORMALIZATION
+    if reading is Behaviour.MAX_POOLING:
+        moved = is_graph(operation) or carries_grid(operation) or behaviour is Behaviour.GATHER
         return not moved and output_range(operation) is OutputRange.DATA
-    absorbing = linear or kind(operation) in SUMS | {"BatchNormalization"}
-    return absorbing and kind(reader) in ACTIVATIONS
-
-
-def _activation_name(operation: Any) -> str:
-    function: Callable | None = getattr(operation, "activation", None)
-    return getattr(function, "__name__", "unknown" if function else "")
-
-
-def output_range(operation: Any) -> OutputRange:
-    """How the range of an operation's outputs is known; a linear layer's by its activation."""
-    name = kind(operation)
-    if name in LINEAR or name == "Activation":
-        name = _activation_name(operation)
-    name = name.lower().replace("_", "")
-    if name in _UNIT:
-        return OutputRange.UNIT
-    return OutputRange.SIGNED_UNIT if name in _SIGNED_UNIT else OutputRange.DATA
+    return reading is Behaviour.ACTIVATION and (linear or behaviour in _BEFORE_ACTIVATION)

@@ -10,7 +10,8 @@ import keras
 from keras import tree
 
 from keras_qwrap.layers.building import Construction, shapes_of, sign
-from keras_qwrap.layers.keras_internals import is_of_user, output_specs, sublayers
+from keras_qwrap.layers.keras_internals import output_specs, sublayers
+from keras_qwrap.layers.layer_table import is_identity
 from keras_qwrap.layers.refusals import refuse_raw_variables
 from keras_qwrap.layers.remaking import made_again, refuse_other_policies
 from keras_qwrap.layers.weights import copy_flags, copy_variables, follow, own_weights, walk
@@ -18,42 +19,6 @@ from keras_qwrap.models.copying import has_graph
 from keras_qwrap.numerics.checks import bad_type, bad_value
 
 Example = tuple[Sequence, Mapping[str, Any]]
-
-IDENTITIES = frozenset(
-    {"ActivityRegularization", "AlphaDropout", "Dropout", "GaussianDropout", "GaussianNoise"}
-    | {"Identity", "InputLayer", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"}
-    | {"AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness", "RandomColorDegeneration"}
-    | {"RandomColorJitter", "RandomContrast", "RandomCrop", "RandomElasticTransform"}
-    | {"RandomErasing", "RandomFlip", "RandomGaussianBlur", "RandomGrayscale", "RandomHue"}
-    | {"RandomInvert", "RandomPerspective", "RandomPosterization", "RandomRotation"}
-    | {"RandomSaturation", "RandomSharpness", "RandomShear", "RandomTranslation", "RandomZoom"}
-)
-"""Keras classes that leave their input as it is in inference.
-
-In training their outputs are off the grid of the input, and the layer behind takes them so.
-"""
-
-
-def kind(operation: Any) -> str:
-    """The name of the Keras class that an operation is, or is derived from."""
-    for cls in type(operation).__mro__:
-        if cls.__module__.split(".")[0] == "keras":
-            return cls.__name__
-    return ""
-
-
-def is_custom(operation: Any) -> bool:
-    """Whether an operation is a layer that computes what its user wrote."""
-    if not isinstance(operation, keras.Layer):
-        return False
-    cls = next(cls for cls in type(operation).__mro__ if "call" in vars(cls))
-    return is_of_user(cls) or isinstance(operation, keras.layers.Lambda)
-
-
-def is_identity(operation: Any) -> bool:
-    """Whether an operation leaves its input as it is in inference."""
-    linear = getattr(operation, "activation", None) is keras.activations.linear
-    return kind(operation) in IDENTITIES or (kind(operation) == "Activation" and linear)
 
 
 def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
@@ -63,21 +28,6 @@ def quantizable_layers(model: keras.Model) -> dict[str, keras.Layer]:
     MultiHeadAttention, LSTM or Bidirectional. Nested models and a user's own composite layers are
     descended into; they are units besides only where they own weights. Layers that leave their
     input as it is in inference (Dropout, Identity, ...) are left out.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.models.taps import quantizable_layers
-
-    class Net(keras.Model):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.first = keras.layers.Dense(4)
-            self.blocks = [keras.layers.LSTM(4), keras.layers.Dropout(0.5)]
-
-    print(list(quantizable_layers(Net())))  # ['blocks/0', 'first']
-    ```
     """
     found: dict[int, tuple[str, keras.Layer]] = {}
     for path, part in walk(model, _is_open):

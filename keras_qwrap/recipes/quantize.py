@@ -14,6 +14,7 @@ from keras_qwrap.calibration.bias import correct_biases
 from keras_qwrap.calibration.calibrate import calibrate, has_ranges_to_find
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder, unquantized_name
 from keras_qwrap.layers.keras_internals import GraphNode, graph_nodes, input_layer, sublayers
+from keras_qwrap.layers.layer_table import Behaviour, OutputRange, behaviour_of, output_range
 from keras_qwrap.layers.refusals import refusal
 from keras_qwrap.layers.remaking import loads_by_itself
 from keras_qwrap.layers.weights import (
@@ -35,12 +36,10 @@ from keras_qwrap.models.copying import (
     unwrapped,
 )
 from keras_qwrap.models.placement import (
-    OutputRange,
     can_be_quantized,
     carries_grid,
     exact_inputs,
     inputs_of_custom_layers,
-    output_range,
     output_ranges,
 )
 from keras_qwrap.models.subclassed import QuantizedModel
@@ -390,7 +389,7 @@ def _weight_quantizer(
 
 def _gathers(layer: keras.Layer, decision: Decision) -> bool:
     """Whether outputs are entries of a weight, on a grid that is fine enough for them."""
-    if type(layer) is not keras.layers.Embedding or not decision.weights:
+    if behaviour_of(layer) is not Behaviour.GATHER or not decision.weights:
         return False
     coarse = decision.activations and decision.activations.num_bits < decision.weights.num_bits
     return not coarse and list(default_weights(layer).values()) == [None]

@@ -8,6 +8,7 @@ import keras
 
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
 from keras_qwrap.layers.keras_internals import GraphNode, graph_nodes, input_layer, sublayers
+from keras_qwrap.layers.layer_table import Behaviour, behaviour_of
 from keras_qwrap.layers.owner import quantizers_in
 from keras_qwrap.layers.refusals import refusal
 from keras_qwrap.layers.weights import (
@@ -18,15 +19,14 @@ from keras_qwrap.layers.weights import (
 )
 from keras_qwrap.models.copying import is_graph, unwrapped
 from keras_qwrap.models.placement import (
-    NORMALIZATIONS,
     as_computed,
     can_be_quantized,
     carries_grid,
     exact_inputs,
     fusions,
+    is_normalization,
 )
 from keras_qwrap.models.subclassed import QuantizedModel
-from keras_qwrap.models.taps import kind
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.recipes.quantize import decided_weights
 from keras_qwrap.recipes.recipe import Decision
@@ -157,7 +157,7 @@ def _fused(readers: list[Any]) -> UnquantizedOutputs | None:
 
 def _read_exactly(readers: list[Any]) -> UnquantizedOutputs | None:
     names = tuple(dict.fromkeys(reader.name for reader in readers))
-    raw = bool(readers) and all(kind(reader) in NORMALIZATIONS for reader in readers)
+    raw = bool(readers) and all(map(is_normalization, readers))
     what = "raw values" if raw else "exact values"
     return UnquantizedOutputs("float", f"{what} for {_quoted(names)}") if names else None
 
@@ -168,7 +168,7 @@ def _quoted(names: tuple[str, ...]) -> str:
 
 def on_grid_of_weights(layer: keras.Layer) -> UnquantizedOutputs | None:
     """What there is to say of a layer with quantized weights whose outputs are entries of them."""
-    if type(layer) is not keras.layers.Embedding:
+    if behaviour_of(layer) is not Behaviour.GATHER:
         return None
     return UnquantizedOutputs("as its weights", "entries of its weights, on whose grid they lie")
 

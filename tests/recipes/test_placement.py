@@ -19,16 +19,13 @@ from whole_number_layers import (
     WordsModel,
 )
 
+from keras_qwrap.layers.layer_table import ROWS, Behaviour, is_identity
 from keras_qwrap.models.placement import (
-    ACTIVATIONS,
-    CARRIERS,
-    LINEAR,
     carries_grid,
     exact_inputs,
     inputs_of_custom_layers,
     output_ranges,
 )
-from keras_qwrap.models.taps import IDENTITIES, is_identity
 
 
 def placed(model):
@@ -455,6 +452,7 @@ ARGUMENTS = {
 }
 NEEDS_ONE = re.compile(".*Dropout.*|Random(Brightness|Color|Contrast|Hue|Rot|Sat|Sharp|Zoom).*")
 RANDOM = {name for name in dir(layers) if name.startswith("Random")}
+IDENTITIES = {name for name, row in ROWS.items() if row.behaviour is Behaviour.IDENTITY}
 
 
 # Keras asks JAX for 64-bit numbers in MixUp.
@@ -470,9 +468,3 @@ def test_identities_leave_their_input_as_it_is_in_inference(name, random):
     same(layer(x, **kwargs), x)
     assert is_identity(layer)
     assert carries_grid(layer)
-
-
-@pytest.mark.parametrize("name", sorted(LINEAR | ACTIVATIONS | CARRIERS))
-def test_every_name_in_the_tables_is_a_layer_or_a_function_of_keras(name):
-    function = "".join("_" * letter.isupper() + letter.lower() for letter in name).lstrip("_")
-    assert hasattr(layers, name) or hasattr(ops, function) or name == "GetItem"
