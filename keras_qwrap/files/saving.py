@@ -17,6 +17,7 @@ from keras_qwrap.files.containers import (
     Legacy,
     write_whole,
 )
+from keras_qwrap.files.legacy import refuse_unloadable
 from keras_qwrap.files.limits import Contents, check_size, checked_contents
 from keras_qwrap.layers.building import packed_in
 from keras_qwrap.layers.keras_internals import (
@@ -66,11 +67,14 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
 
     Args:
         model: a Keras model, quantized or not.
-        path: where to; the name ends with `.keras` (better) or `.h5`. An existing file is replaced.
+        path: where to; the name ends with `.keras`, or with `.h5` or `.hdf5` for a model of layers
+            alone. An existing file is replaced.
 
     Raises:
         TypeError: `model` is no model, or `path` no path.
-        ValueError: the name ends otherwise, or Keras cannot save the model in that format.
+        ValueError: the name ends otherwise; Keras cannot save the model in that format; or nothing
+            could load it from HDF5: models without a graph, such as a `QuantizedModel`, functions
+            between layers, bfloat16 variables, `Attention` with the score mode "dot".
         OSError: the file cannot be written; what was there is left as it was.
 
     Example:
@@ -101,7 +105,10 @@ def save_quantized_model(model: keras.Model, path: str | os.PathLike) -> None:
             "`model.save_weights(path)` saves weights alone; or leave `.weights` out.",
         )
     if not path.endswith((*Archive.endings, *Legacy.endings)):
-        raise bad_value("path", path, "the ending .keras or .h5", "Rename the file.")
+        fix = "Give it another ending: .keras, or .h5 for models of layers alone."
+        raise bad_value("path", path, "the ending .keras or .h5", fix)
+    if path.endswith(Legacy.endings):
+        refuse_unloadable(model, set(packed_in(model)))
     # Into an archive, layers write packed codes themselves.
     packed = packed_arrays(model, packed_in(model)) if path.endswith(Legacy.endings) else {}
     write_whole(path, model.save, {name: weight.packed for name, weight in packed.items()})

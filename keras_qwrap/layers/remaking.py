@@ -46,7 +46,7 @@ def made_again(operation: Any) -> Any:
     print(made_again(net).name)  # mine
     ```
     """
-    classes = _classes_of_user(operation)
+    classes = classes_of_user(operation)
     try:
         config = _as_taken(_config(operation), type(operation), classes)
         with keras.saving.custom_object_scope(classes):
@@ -95,7 +95,7 @@ def serialize_layer(layer: keras.Layer) -> dict[str, Any]:
     except _FAILURES as error:
         raise _cannot(layer, error) from error
     found.pop("build_config", None)
-    config = _as_taken(found["config"], cls, _classes_of_user(layer))
+    config = _as_taken(found["config"], cls, classes_of_user(layer))
     lacking = _lacking(layer, config)
     return found | {"config": config} | ({"attributes": lacking} if lacking else {})
 
@@ -129,12 +129,22 @@ def _made(cls: Any, config: dict) -> Any:
 
 def loads_by_itself(layer: keras.Layer) -> bool:
     """Whether Keras can load the layer from what it saves of it."""
-    if all(_taken(cls) is None for cls in _classes_of_user(layer).values()):
+    if all(_taken(cls) is None for cls in classes_of_user(layer).values()):
         return True
     return serialize_layer(layer)["config"] == keras.saving.serialize_keras_object(layer)["config"]
 
 
-def _classes_of_user(operation: Any) -> dict[str, type]:
+def stubborn_classes(layer: keras.Layer) -> list[str]:
+    """The classes, among those of a layer that does not load by itself, that are to blame.
+
+    Their constructors do not take what Keras saves of every layer.
+    """
+    taken = {cls.__name__: _taken(cls) for cls in classes_of_user(layer).values()}
+    needed = set(_OF_EVERY_LAYER)
+    return sorted(name for name, kept in taken.items() if kept is not None and not needed <= kept)
+
+
+def classes_of_user(operation: Any) -> dict[str, type]:
     """The classes of the user's among an operation and the layers inside it, by registered name."""
     inside = sublayers(operation) if isinstance(operation, keras.Layer) else [operation]
     classes = {type(layer) for layer in inside if is_of_user(type(layer))}
@@ -260,11 +270,11 @@ def _cannot(operation: Any, error: Exception) -> ValueError:
     return ValueError(
         f"model: received '{operation.name}', a {type(operation).__name__} that cannot be made "
         f"again from its config{reason}, expected a config from which its class makes the same. "
-        f"{_advice(operation)}"
+        f"{advice(operation)}"
     )
 
 
-def _advice(operation: Any) -> str:
+def advice(operation: Any) -> str:
     """The one thing that a class lacks, or what to do without it."""
     cls, name = type(operation), type(operation).__name__
     if isinstance(operation, keras.layers.Lambda):
@@ -363,7 +373,7 @@ def _not_alike(source: keras.Layer, given: str, made: Any) -> ValueError:
         "model",
         f"'{source.name}', a {type(source).__name__} with {given}",
         f"{_short(made)}, which a copy made again has",
-        _advice(source),
+        advice(source),
     )
 
 

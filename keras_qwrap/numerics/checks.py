@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 
+class Told(str):
+    """What was received, in words: it stands in a message as it is, not as a string in quotes."""
+
+
 def _describe(value: Any) -> str:
+    if isinstance(value, Told):
+        return str(value)
     text = repr(value)
     if len(text) > 120:
         text = f"{text[:117]}..."
