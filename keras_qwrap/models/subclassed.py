@@ -126,7 +126,7 @@ class QuantizedModel(keras.Model):
         for path, quantizers in sorted(_by_path(activation_quantizers).items()):
             self._holders_of[path] = len(quantizers)
             for i, quantizer in enumerate(quantizers):
-                name = f"{path.replace('/', '_')}_output_{i}"
+                name = output_holder_name(path, i)
                 attribute = f"holders_{len(self.holders)}"
                 holder = KerasActivationQuantizationHolder(
                     quantizer, name=name, trainable=trainable
@@ -363,6 +363,11 @@ def _check_float_model(model: Any) -> None:
         )
     check_float(model)
     warn_of_own_steps(model)
+
+
+def output_holder_name(path: str, i: int) -> str:
+    """What the holder behind an output of an inner layer is called."""
+    return f"{path.replace('/', '_')}_output_{i}"
 
 
 def _is_frozen(model: keras.Model, path: str) -> bool:

@@ -4,6 +4,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -42,7 +43,7 @@ from keras_qwrap.models.placement import (
     inputs_of_custom_layers,
     output_ranges,
 )
-from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.models.subclassed import QuantizedModel, output_holder_name
 from keras_qwrap.models.taps import Example, layer_outputs, quantizable_layers
 from keras_qwrap.numerics.checks import bad_value, naming, warn
 from keras_qwrap.numerics.search import weights_threshold
@@ -194,16 +195,24 @@ def input_names(model: keras.Model) -> list[str]:
     return [next(free) if _UNNAMED.fullmatch(name) else name for name in names]
 
 
+def input_quantizer_name(name: str) -> str:
+    """What the holder behind an input is called."""
+    return _scope_name(f"{name}_quantizer")
+
+
 def _places(
     model: keras.Model, graphs: dict[int, keras.Model], around: tuple[Place, ...] = ()
 ) -> Iterator[Place]:
     """Layers and functions of a graph in order of execution; a nested model's, where it stands."""
     graphs[id(model)] = model
     inputs = map(input_layer, model.inputs)
-    nodes = list(zip(inputs, input_names(model), strict=True))
-    nodes += [(unwrapped(n.operation), n.operation.name) for n in ordered_nodes(model)]
-    for operation, name in nodes:
-        place = Place(operation, f"{around[-1].path}/{name}" if around else name, around)
+    nodes = [
+        (layer, name, () if around else (input_quantizer_name(name),))
+        for layer, name in zip(inputs, input_names(model), strict=True)
+    ]
+    nodes += [(unwrapped(n.operation), n.operation.name, ()) for n in ordered_nodes(model)]
+    for operation, name, also in nodes:
+        place = Place(operation, f"{around[-1].path}/{name}" if around else name, around, also)
         if not is_graph(operation):
             yield place
             yield from _places_inside(place) if _is_open(operation) else ()
@@ -225,15 +234,21 @@ def _place_inside(
     model: keras.Model, path: str, layer: keras.Layer, outer: tuple[Place, ...] = ()
 ) -> Place:
     """Where a layer of a model without a graph is: in the layers that its path leads through."""
-    prefix = f"{outer[-1].path}/" if outer else ""
+
+    def place(layer: keras.Layer, path: str, around: tuple[Place, ...]) -> Place:
+        if outer:
+            return Place(layer, f"{outer[-1].path}/{path}", around)
+        names = Place(layer, path, around).names
+        return Place(layer, path, around, tuple(f"{model.name}/{name}" for name in names))
+
     parts = path.split("/")
     around = outer
     for number in range(1, len(parts)):
         before = "/".join(parts[:number])
         found = follow(model, before)
         if isinstance(found, keras.Layer):
-            around = (*around, Place(found, f"{prefix}{before}", around))
-    return Place(layer, f"{prefix}{path}", around)
+            around = (*around, place(found, before, around))
+    return place(layer, path, around)
 
 
 Planned = list[tuple[Place, Decision]]
@@ -283,7 +298,11 @@ def units_in(model: keras.Model, example: Example | None) -> Units:
 
 def plan_units(model: keras.Model, units: Units, recipe: Recipe) -> Planned:
     """What a recipe says of each of the inner layers of a subclassed model."""
-    places = [_place_inside(model, path, layer) for path, (layer, _) in units.items()]
+    places = []
+    for path, (layer, outputs) in units.items():
+        place = _place_inside(model, path, layer)
+        holders = [output_holder_name(path, i) for i in range(len(outputs))]
+        places.append(replace(place, also=(model.name, *place.also, *holders)))
     return list(zip(places, recipe.plan(places), strict=True))
 
 
@@ -480,7 +499,7 @@ class _GraphQuantizer(Copier):
             for old, new, name in zip(model.inputs, news, input_names(model), strict=True):
                 quantizer = self._input_quantizer(old)
                 if quantizer:
-                    holder = self._holder(f"{name}_quantizer", quantizer, model.trainable)
+                    holder = self._holder(input_quantizer_name(name), quantizer, model.trainable)
                     self._held[id(new)] = holder(new)
         return inputs
 
@@ -489,7 +508,7 @@ class _GraphQuantizer(Copier):
         quantizer = self._input_quantizer(model.inputs[0]) if model is self._model else None
         if quantizer is None:
             return layers
-        name = f"{input_names(model)[0]}_quantizer"
+        name = input_quantizer_name(input_names(model)[0])
         return [self._holder(name, quantizer, model.trainable), *layers]
 
     def _input_quantizer(self, tensor: keras.KerasTensor) -> BaseKerasTrainableQuantizer | None:

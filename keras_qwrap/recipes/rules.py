@@ -107,7 +107,9 @@ class Rule(Declared):
     A rule sees the layers of a model and of models inside it, not layers inside other layers. A
     layer goes by its own name or by its path, as the report prints it: `encoder/dense` for `dense`
     in the model `encoder`, in a subclassed model the attributes that lead to it, as in `blocks/0`
-    (or the names of the layers on that way).
+    (or the names of the layers on that way). What the report prints after quantization is a `name`
+    too: `image_quantizer` for the input `image`; in a subclassed model `net` the name `net` for all
+    of it, `net/conv`, and `conv_output_0`.
     A shared layer has the path of its first use. What matches a model inside, by its name, path or
     class, is for all layers in it.
 
@@ -195,6 +197,7 @@ class Rule(Declared):
             units = [list(place.chain) for place in places]
             found = {id(each.layer): each for unit in units for each in unit}
             wanted = {key for key, place in found.items() if self._matches(place)}
+            wanted = wanted or {key for key, place in found.items() if self.name in place.also}
         return [i for i, unit in enumerate(units) if any(id(each.layer) in wanted for each in unit)]
 
     def _answer(self, layer: keras.Layer) -> bool:
@@ -210,7 +213,8 @@ class Rule(Declared):
 
     def matches_nothing(self, places: Sequence["Place"]) -> None:
         """Refuse a name, and warn of anything else, that no layer has."""
-        names = [name for place in places for each in place.chain for name in each.names]
+        chained = [each for place in places for each in place.chain]
+        names = [name for each in chained for name in (*each.names, *each.also)]
         if self.name is not None:
             expected = "the name of a layer of the model or of a model inside it, or its path"
             fix = f"Nearest names: {nearest(self.name, names)}."
@@ -234,6 +238,8 @@ class Place:
         path: names of the models around it and its own, joined by `/`; in a subclassed model the
             attributes that lead to it. Of a shared layer, the first.
         around: what it is in, outermost first.
+        also: what a report calls what `quantize_model` makes of it; a rule may `name` it so too,
+            where no layer of the float model has that name.
 
     Example:
 
@@ -250,6 +256,7 @@ class Place:
     layer: keras.Layer
     path: str
     around: tuple["Place", ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def chain(self) -> tuple["Place", ...]:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from reference import to_numpy
+from reference import refused, to_numpy
 
 import keras_qwrap as qi
 from keras_qwrap import KerasActivationQuantizationHolder as Holder
@@ -191,3 +191,99 @@ def test_calibration_names_an_input_without_a_name(random):
     quantized = qi.quantize_model(unnamed_sequential(), "w8a8")
     found = qi.calibrate(quantized, rows(random), {"input_quantizer": "minmax"}, verbose=0)
     assert list(found) == ["input_quantizer", "dense"]
+
+
+class Blocks(keras.Model):
+    """Layers in a list, and a model inside."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [layers.Dense(4, name="first"), layers.Dense(4, name="second")]
+        self.encoder = keras.Sequential([layers.Dense(3, name="dense")], name="encoder")
+        self.normalization = layers.BatchNormalization()
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.normalization(self.encoder(x))
+
+
+def without_graph():
+    model = Blocks(name="net")
+    model(np.ones((1, 6), "float32"))
+    return model
+
+
+NAMED_AS_PRINTED = {
+    "input": lambda: of_inputs("image", "other"),
+    "no names": lambda: of_inputs(None, None),
+    "no scope": lambda: of_inputs("my image"),
+    "Sequential": unnamed_sequential,
+    "nested": lambda: keras.Sequential([keras.Input((6,)), unnamed_sequential()]),
+    "no graph": without_graph,
+    "no graph inside": lambda: keras.Sequential([keras.Input((6,)), Blocks(name="net")]),
+}
+
+
+def quantized_parts(model, *rules):
+    """What the report says has a quantizer, functions left out, which follow no rule."""
+    recipe = qi.Recipe.from_preset("w8a8", rules=rules)
+    report = qi.quantization_report(qi.quantize_model(model, recipe), recipe)
+    rows = [row for row in report.layers if row.weights or row.activations]
+    return [row.path for row in rows if not row.path.startswith("multiply")]
+
+
+@pytest.mark.parametrize("case", NAMED_AS_PRINTED)
+def test_a_rule_may_name_all_that_the_report_says_is_quantized(case):
+    model = NAMED_AS_PRINTED[case]()
+    names = quantized_parts(model)
+    assert len(names) > 1
+    for name in names:
+        rest = quantized_parts(model, qi.Rule.leave_in_float(name=name))
+        assert set(rest) <= set(names) - {name}
+        assert rest or name == model.name
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (("net/blocks/0", "net/first", "first", "blocks/0"), {"blocks_0_output_0"}),
+        (("net/encoder", "encoder"), {"encoder_layers_0_output_0"}),
+        (("net/encoder/dense", "encoder/dense", "dense"), {"encoder_layers_0_output_0"}),
+    ],
+)
+def test_names_in_a_model_without_a_graph_may_begin_with_its_own(names, left):
+    model = without_graph()
+    every = set(quantized_parts(model))
+    for name in names:
+        assert every - set(quantized_parts(model, qi.Rule.leave_in_float(name=name))) == left
+
+
+def test_names_of_layers_come_before_those_of_what_stands_behind_them():
+    inputs = keras.Input((6,), name="image")
+    dense = layers.Dense(2, name="image_quantizer")(inputs)
+    model = keras.Model(inputs, layers.Dense(2, name="head")(dense))
+    rest = quantized_parts(model, qi.Rule.leave_in_float(name="image_quantizer"))
+    assert rest == ["image_quantizer_1", "head"]
+
+
+def test_patterns_see_the_names_of_the_float_model_alone():
+    model = without_graph()
+    for pattern in ("net.*", ".*_output_0"):
+        rule = qi.Rule.leave_in_float(pattern=pattern)
+        with pytest.warns(UserWarning, match="matches no layer"):
+            names = quantized_parts(model, rule)
+        assert names == quantized_parts(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "near"),
+    [
+        (lambda: of_inputs("image"), "image_quantiser", "image_quantizer"),
+        (without_graph, "net/blocks/2", "net/blocks/0"),
+        (without_graph, "blocks_0_outputs_0", "blocks_0_output_0"),
+    ],
+)
+def test_errors_name_what_may_be_named(make, wrong, near):
+    rule = qi.Rule.leave_in_float(name=wrong)
+    refused(ValueError, lambda: quantized_parts(make(), rule), f"'{wrong}'", f"'{near}'")
