@@ -33,6 +33,15 @@ class Channels:
             return None
         return tuple(axis for axis in range(self.rank) if axis not in self.kept)
 
+    def get_config(self) -> dict:
+        """The three constructor arguments of a quantizer that say so."""
+        kept: Any = list(self.kept) or None
+        return {
+            "per_channel": bool(self.kept),
+            "channel_axis": self.kept[0] if len(self.kept) == 1 else kept,
+            "input_rank": self.rank,
+        }
+
     def range_shape(self, tensor_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a range that broadcasts against a tensor of shape `tensor_shape`."""
         if not self.kept:

@@ -267,6 +267,48 @@ class BaseKerasTrainableQuantizer(_Quantizer):
         self.quantization_config: Any = quantization_config
         self.quantizer_parameters: dict[str, Any] = {}
 
+    def _check_params(self, needed: Sequence[str], optional: Sequence[str] = ()) -> dict:
+        """The config's params, refused with unknown keys, or with some of those needed, not all."""
+        config = self.quantization_config
+        known = sorted([*needed, *optional])
+        unknown = sorted(set(config.params) - set(known))
+        if unknown:
+            fix = f"{type(self).__name__} reads no others."
+            raise bad_value(
+                f"{config.kind}_quantization_params", unknown, f"keys among {known}", fix
+            )
+        if config.params:
+            self._require_params(needed)
+        return config.params
+
+    def _require_params(self, needed: Sequence[str]) -> None:
+        """Refuse a config without these params, for a range that the quantizer cannot know."""
+        config = self.quantization_config
+        missing = [key for key in needed if key not in config.params]
+        if missing:
+            raise bad_value(
+                f"{config.kind}_quantization_params",
+                config.params,
+                f"both {' and '.join(needed)}" if len(needed) > 1 else f"a {needed[0]}",
+                f"{type(self).__name__} lacks {missing}.",
+            )
+
+    def _check_floor(self, name: str, width: Any) -> None:
+        """Refuse a given range that is narrower than the config's `min_threshold`."""
+        floor = self.quantization_config.min_threshold
+        if np.any(np.asarray(width, dtype=np.float32) < np.float32(floor)):
+            fix = "Widen the range or lower min_threshold."
+            raise bad_value(name, width, f"a range of at least min_threshold={floor}", fix)
+
+    def _built(self, part: Any, what: str) -> Any:
+        """What `initialize_quantization` made, refused while there is none."""
+        if not part:
+            raise ValueError(
+                f"{type(self).__name__}: received {what} before `initialize_quantization`, "
+                "expected a built wrapper or holder. Call or build the layer first."
+            )
+        return part
+
     @property
     def enabled(self) -> bool:
         """False where the config leaves the tensor in float."""

@@ -2,15 +2,15 @@
 
 import copy
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_qwrap.numerics.channels import check_bool, check_channel_axis
+from keras_qwrap.numerics.channels import Channels, check_bool, check_channel_axis, make_channels
 from keras_qwrap.numerics.checks import bad_type, bad_value, brief, nearest
 from keras_qwrap.numerics.grids import check_num_bits, float_array
 
@@ -89,31 +89,57 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_min_threshold(value: Any) -> float:
-    array = float_array("min_threshold", value)
+def _check_min_threshold(name: str, value: Any) -> float:
+    array = float_array(name, value)
     if array.size != 1 or array.item() < 0:
         fix = "Pass 0, for ranges as small as the data, or for example 2**-16."
-        raise bad_value("min_threshold", value, "one number that is not negative", fix)
+        raise bad_value(name, value, "one number that is not negative", fix)
     return float(value)
 
 
-def _plain_config(config: Any) -> dict:
-    """A config dataclass as plain values: enums by name, tuples as lists."""
-    plain = {}
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if isinstance(value, enum.Enum):
-            value = value.name
-        elif isinstance(value, tuple):
-            value = list(value)
-        elif isinstance(value, dict):
-            value = copy.deepcopy(value)
-        plain[entry.name] = value
-    return plain
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "_quantization_method": as_method,
+    "_n_bits": lambda name, value: check_num_bits(value, name),
+    "_quantization_params": _plain_params,
+    "_channels_axis": lambda name, value: check_channel_axis(value, name),
+    "_per_channel_threshold": check_bool,
+    "enable_weights_quantization": check_bool,
+    "enable_activation_quantization": check_bool,
+    "min_threshold": _check_min_threshold,
+}
+"""Name of an argument, without the word for weights or activation -> its check."""
 
 
 class _Config:
-    """What the two configs share: a short repr."""
+    """What the two configs share: they differ in a word in the names of their arguments."""
+
+    kind: ClassVar[str]
+    """That word."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            check = _CHECKS[entry.name.removeprefix(self.kind)]
+            object.__setattr__(self, entry.name, check(entry.name, getattr(self, entry.name)))
+
+    @property
+    def quantization_method(self) -> QuantizationMethod:
+        return getattr(self, f"{self.kind}_quantization_method")
+
+    @property
+    def num_bits(self) -> int:
+        return getattr(self, f"{self.kind}_n_bits")
+
+    @property
+    def params(self) -> dict:
+        return getattr(self, f"{self.kind}_quantization_params")
+
+    @property
+    def enabled(self) -> bool:
+        return getattr(self, f"enable_{self.kind}_quantization")
+
+    def disabled(self) -> Any:
+        """This config, with the tensor left in float."""
+        return replace(self, **{f"enable_{self.kind}_quantization": False})  # type: ignore[type-var]
 
     def __repr__(self) -> str:
         values, named = self.given()
@@ -121,12 +147,26 @@ class _Config:
 
     def given(self) -> tuple[list, dict]:
         """The method's name and the number of bits; and what differs from its default."""
-        method, bits, *others = fields(self)  # type: ignore[arg-type]
-        named = {entry.name: getattr(self, entry.name) for entry in others}
-        kind: Any = type(self)
-        plain = kind(getattr(self, method.name))
+        cls: Any = type(self)
+        plain = cls(self.quantization_method)
+        others = [entry.name for entry in fields(cls)][2:]
+        named = {name: getattr(self, name) for name in others}
         named = {name: value for name, value in named.items() if value != getattr(plain, name)}
-        return [getattr(self, method.name).name, getattr(self, bits.name)], named
+        return [self.quantization_method.name, self.num_bits], named
+
+    def get_config(self) -> dict:
+        """The constructor's arguments as plain values: enums by name, tuples as lists."""
+        plain: dict[str, Any] = {}
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            value = value.name if isinstance(value, enum.Enum) else value
+            plain[entry.name] = list(value) if isinstance(value, tuple) else copy.deepcopy(value)
+        return plain
+
+    @classmethod
+    def from_config(cls, config: dict) -> Any:
+        """The config that `get_config` described."""
+        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -160,6 +200,7 @@ class TrainableQuantizerWeightsConfig(_Config):
     ```
     """
 
+    kind: ClassVar[str] = "weights"
     weights_quantization_method: QuantizationMethod
     weights_n_bits: int = 8
     weights_quantization_params: dict = field(default_factory=dict)
@@ -168,45 +209,10 @@ class TrainableQuantizerWeightsConfig(_Config):
     weights_per_channel_threshold: bool = True
     min_threshold: float = 0.0
 
-    def __post_init__(self) -> None:
-        checked = {
-            "weights_quantization_method": as_method(
-                "weights_quantization_method", self.weights_quantization_method
-            ),
-            "weights_n_bits": check_num_bits(self.weights_n_bits, "weights_n_bits"),
-            "weights_quantization_params": _plain_params(
-                "weights_quantization_params", self.weights_quantization_params
-            ),
-            "enable_weights_quantization": check_bool(
-                "enable_weights_quantization", self.enable_weights_quantization
-            ),
-            "weights_channels_axis": check_channel_axis(
-                self.weights_channels_axis, "weights_channels_axis"
-            ),
-            "weights_per_channel_threshold": check_bool(
-                "weights_per_channel_threshold", self.weights_per_channel_threshold
-            ),
-            "min_threshold": _check_min_threshold(self.min_threshold),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def quantization_method(self) -> QuantizationMethod:
-        return self.weights_quantization_method
-
-    @property
-    def enabled(self) -> bool:
-        return self.enable_weights_quantization
-
-    def get_config(self) -> dict:
-        """The constructor's arguments as plain values."""
-        return _plain_config(self)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "TrainableQuantizerWeightsConfig":
-        """The config that `get_config` described."""
-        return cls(**config)
+    def channels(self, rank: int) -> Channels:
+        """The kept axes of a weight of this rank."""
+        axes = self.weights_channels_axis
+        return make_channels(self.weights_per_channel_threshold, axes, rank)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -238,46 +244,9 @@ class TrainableQuantizerActivationConfig(_Config):
     ```
     """
 
+    kind: ClassVar[str] = "activation"
     activation_quantization_method: QuantizationMethod
     activation_n_bits: int = 8
     activation_quantization_params: dict = field(default_factory=dict)
     enable_activation_quantization: bool = True
     min_threshold: float = 0.0
-
-    def __post_init__(self) -> None:
-        checked = {
-            "activation_quantization_method": as_method(
-                "activation_quantization_method", self.activation_quantization_method
-            ),
-            "activation_n_bits": check_num_bits(self.activation_n_bits, "activation_n_bits"),
-            "activation_quantization_params": _plain_params(
-                "activation_quantization_params", self.activation_quantization_params
-            ),
-            "enable_activation_quantization": check_bool(
-                "enable_activation_quantization", self.enable_activation_quantization
-            ),
-            "min_threshold": _check_min_threshold(self.min_threshold),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def quantization_method(self) -> QuantizationMethod:
-        return self.activation_quantization_method
-
-    @property
-    def enabled(self) -> bool:
-        return self.enable_activation_quantization
-
-    def get_config(self) -> dict:
-        """The constructor's arguments as plain values."""
-        return _plain_config(self)
-
-    def disabled(self) -> "TrainableQuantizerActivationConfig":
-        """This config, with the activation left in float."""
-        return replace(self, enable_activation_quantization=False)
-
-    @classmethod
-    def from_config(cls, config: dict) -> "TrainableQuantizerActivationConfig":
-        """The config that `get_config` described."""
-        return cls(**config)

@@ -65,7 +65,7 @@ class WeightsSymmetricInferableQuantizer(SymmetricQuantizer):
     def get_config(self) -> dict:
         return (
             self._config(num_bits=self.num_bits)
-            | self._channel_config()
+            | self._channels.get_config()
             | {"narrow": self._grid.narrow}
         )
 
@@ -137,7 +137,7 @@ class WeightsUniformInferableQuantizer(UniformQuantizer):
         super().__init__(num_bits, min_range, max_range, channels)
 
     def get_config(self) -> dict:
-        return self._config(num_bits=self.num_bits) | self._channel_config()
+        return self._config(num_bits=self.num_bits) | self._channels.get_config()
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -192,7 +192,7 @@ class WeightsLUTSymmetricInferableQuantizer(LookupQuantizer):
 
     def get_config(self) -> dict:
         first = self._config(num_bits=self.num_bits, lut_values=list(self._grid.values))
-        return first | self._channel_config() | self._table_config()
+        return first | self._channels.get_config() | self._table_config()
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -355,3 +355,22 @@ class ActivationLutPOTInferableQuantizer(LookupQuantizer):
     def get_config(self) -> dict:
         first = self._config(num_bits=self.num_bits, lut_values=list(self._grid.values))
         return first | {"signed": self._grid.signed} | self._table_config()
+
+
+_BY_METHOD: dict[tuple[QuantizationTarget, QuantizationMethod], type] = {
+    (cls.quantization_target, method): cls
+    for cls in (
+        WeightsSymmetricInferableQuantizer,
+        WeightsPOTInferableQuantizer,
+        WeightsUniformInferableQuantizer,
+        ActivationSymmetricInferableQuantizer,
+        ActivationPOTInferableQuantizer,
+        ActivationUniformInferableQuantizer,
+    )
+    for method in cls.quantization_method
+}
+
+
+def inferable_class(target: QuantizationTarget, method: QuantizationMethod) -> Any:
+    """The class of inferable quantizers that maps onto the integer grid of a method."""
+    return _BY_METHOD[target, method]

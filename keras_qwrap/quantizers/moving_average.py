@@ -23,11 +23,7 @@ from keras_qwrap.quantizers.config import (
     QuantizationMethod,
     QuantizationTarget,
 )
-from keras_qwrap.quantizers.inferable import (
-    ActivationPOTInferableQuantizer,
-    ActivationSymmetricInferableQuantizer,
-    ActivationUniformInferableQuantizer,
-)
+from keras_qwrap.quantizers.inferable import inferable_class
 from keras_qwrap.quantizers.marks import mark_quantizer
 from keras_qwrap.quantizers.stored_range import check_range
 
@@ -111,10 +107,15 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         self.momentum = _check_momentum(momentum)
         self.range_method = check_range_method(range_method)
         self.pass_whole_numbers = check_bool("pass_whole_numbers", pass_whole_numbers)
-        config = self.quantization_config
-        self._first_range = _range_in_params(
-            config.activation_quantization_params, config.min_threshold
-        )
+        params = self._check_params(_RANGE_KEYS)
+        self._first_range = np.float32(0), np.float32(0)
+        if params:
+            low, high = (params[key] for key in _RANGE_KEYS)
+            check_range(low, high)
+            self._first_range = _check_ends(f"{self.quantization_config.kind} params", low, high)
+            self._check_floor(
+                " - ".join(reversed(_RANGE_KEYS)), np.subtract(*self._first_range[::-1])
+            )
 
     @classmethod
     def from_spec(
@@ -153,7 +154,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     def __call__(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Quantize a float tensor; shape and dtype are kept, the arithmetic is float32."""
         x, dtype = float32_input(inputs)
-        self._require_variables("a call")
+        self._built(self.quantizer_parameters, "a call")
         if training:
             self._see(x)
         on = ranges.was_seen(self._read("min_range"), self._read("max_range"), ops)
@@ -170,7 +171,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         usable = ops.logical_and(usable, ops.size(x) > 0)
         batch = ops.minimum(lowest, np.float32(0)), ops.maximum(highest, np.float32(0))
         old = self._read("min_range"), self._read("max_range")
-        bits = self.quantization_config.activation_n_bits
+        bits = self.quantization_config.num_bits
         began = ranges.has_range(old[0], old[1], bits, ops)
         stays = ops.logical_and(began, self._read("frozen"))
         moves = ops.logical_and(usable, ops.logical_not(stays))
@@ -187,7 +188,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     def _derive(self) -> tuple[Tensor, ...]:
         """Scale, and lowest and highest code minus the zero point, as float32 tensors."""
         config = self.quantization_config
-        bits = config.activation_n_bits
+        bits = config.num_bits
         low, high = self._range(self._read, ops)
         if config.quantization_method is QuantizationMethod.UNIFORM:
             scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
@@ -210,7 +211,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         config = self.quantization_config
         floor = config.min_threshold
         low, high = (read(role) for role in _ENDS)
-        high = ranges.stored_end(low, high, config.activation_n_bits, floor, xp)
+        high = ranges.stored_end(low, high, config.num_bits, floor, xp)
         if floor and config.quantization_method is QuantizationMethod.UNIFORM:
             high = ranges.widened_end(low, high, floor, xp)
         return low, high
@@ -219,7 +220,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         """Threshold, and whether the grid is signed."""
         config = self.quantization_config
         threshold, signed = ranges.covering_threshold(
-            low, high, config.activation_n_bits, config.min_threshold, xp
+            low, high, config.num_bits, config.min_threshold, xp
         )
         if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
             threshold = ranges.next_power_of_two(threshold, xp)
@@ -228,7 +229,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     @property
     def range(self) -> tuple[float, float] | None:
         """The range; None where there is none yet."""
-        self._require_variables("range")
+        self._built(self.quantizer_parameters, "range")
         if not ranges.was_seen(self._array("min_range"), self._array("max_range"), np):
             return None
         low, high = self._present_range()
@@ -257,8 +258,8 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             TypeError, ValueError: an end is no finite number or beyond 2**125, `low > high`, or
                 the layer is not built.
         """
-        self._require_variables("set_range")
-        bits = self.quantization_config.activation_n_bits
+        self._built(self.quantizer_parameters, "set_range")
+        bits = self.quantization_config.num_bits
         least, most = _check_ends("set_range", low, high)
         for role, end in zip(_ENDS, ranges.to_store(least, most, bits, np), strict=True):
             self.quantizer_parameters[role].assign(end)
@@ -290,14 +291,12 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
                 "`set_range`."
             )
         config = self.quantization_config
-        bits = config.activation_n_bits
+        bits = config.num_bits
         low, high = self._present_range()
+        cls = inferable_class(self.quantization_target, config.quantization_method)
         if config.quantization_method is QuantizationMethod.UNIFORM:
-            return ActivationUniformInferableQuantizer(bits, low.item(), high.item())
+            return cls(bits, low.item(), high.item())
         threshold, signed = self._threshold(low, high, np)
-        cls = ActivationSymmetricInferableQuantizer
-        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
-            cls = ActivationPOTInferableQuantizer
         return cls(bits, threshold.item(), bool(signed))
 
     def get_config(self) -> dict:
@@ -317,13 +316,6 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     def _array(self, role: str) -> np.ndarray:
         return to_numpy(self.quantizer_parameters[role])
 
-    def _require_variables(self, what: str) -> None:
-        if not self.quantizer_parameters:
-            raise ValueError(
-                f"{type(self).__name__}: received {what} before `initialize_quantization`, "
-                "expected a built wrapper or holder. Call or build the layer first."
-            )
-
 
 def _check_momentum(momentum: Any) -> float:
     fix = "Pass for example 0.99."
@@ -332,30 +324,6 @@ def _check_momentum(momentum: Any) -> float:
     if not 0 <= momentum < 1:
         raise bad_value("momentum", momentum, "a number from 0 to below 1", fix)
     return float(momentum)
-
-
-def _range_in_params(params: dict, min_threshold: float) -> tuple[Any, Any]:
-    """The initial range in a config's params, two zeros where there is none."""
-    if not params:
-        return np.float32(0), np.float32(0)
-    if set(params) != set(_RANGE_KEYS):
-        raise bad_value(
-            "quantization params",
-            sorted(params),
-            f"both of {list(_RANGE_KEYS)} and no other, or none",
-            "The range of a moving average is two numbers.",
-        )
-    low, high = params["range_min"], params["range_max"]
-    check_range(low, high)
-    ends = _check_ends("quantization params", low, high)
-    if ends[1] - ends[0] < np.float32(min_threshold):
-        raise bad_value(
-            "range_max - range_min",
-            (low, high),
-            f"a range of at least min_threshold={min_threshold}",
-            "Widen the range or lower min_threshold.",
-        )
-    return ends
 
 
 def _check_ends(name: str, low: Any, high: Any) -> tuple[Any, Any]:

@@ -7,141 +7,179 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.numerics import ranges
-from keras_qwrap.numerics.channels import Channels, make_channels
-from keras_qwrap.numerics.checks import bad_value
+from keras_qwrap.numerics.channels import Channels
 from keras_qwrap.numerics.rounding import fake_quantize_covered, fake_quantize_unclipped
 from keras_qwrap.numerics.tensors import Tensor, float32_input, to_numpy
-from keras_qwrap.quantizers.base import (
-    BaseKerasInferableQuantizer,
-    BaseKerasTrainableQuantizer,
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer, BaseKerasTrainableQuantizer
+from keras_qwrap.quantizers.config import (
+    PACKAGE,
+    QuantizationMethod,
+    QuantizationTarget,
+    TrainableQuantizerWeightsConfig,
 )
-from keras_qwrap.quantizers.config import PACKAGE, QuantizationMethod, QuantizationTarget
-from keras_qwrap.quantizers.inferable import (
-    ActivationPOTInferableQuantizer,
-    ActivationSymmetricInferableQuantizer,
-    ActivationUniformInferableQuantizer,
-    WeightsPOTInferableQuantizer,
-    WeightsSymmetricInferableQuantizer,
-    WeightsUniformInferableQuantizer,
-)
+from keras_qwrap.quantizers.inferable import inferable_class
 from keras_qwrap.quantizers.marks import mark_quantizer
 
 
-def _check_keys(quantizer: Any, params: dict, known: set[str]) -> None:
-    unknown = sorted(set(params) - known)
-    if unknown:
-        raise bad_value(
-            "quantization params",
-            unknown,
-            f"keys among {sorted(known)}",
-            f"{type(quantizer).__name__} reads no others.",
-        )
+class _GivenRange:
+    """Computes by an inferable quantizer."""
+
+    def __init__(self, quantizer: BaseKerasInferableQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
+        return self.quantizer.initialize_quantization(tensor_shape, name, layer)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self.quantizer(inputs)
+
+    def convert2inferable(self) -> BaseKerasInferableQuantizer:
+        return type(self.quantizer).from_config(self.quantizer.get_config())
 
 
-def _check_floor(name: str, width: Any, min_threshold: float) -> None:
-    if np.any(np.asarray(width, dtype=np.float32) < np.float32(min_threshold)):
-        raise bad_value(
-            name,
-            width,
-            f"a range of at least min_threshold={min_threshold}",
-            "Widen the range or lower min_threshold.",
-        )
+class _OwnRange:
+    """Computes by the range that the weight has at this moment."""
+
+    def __init__(self, config: TrainableQuantizerWeightsConfig, rank: int) -> None:
+        self.config = config
+        self.channels: Channels = config.channels(rank)
+        self._weight: Any = None
+
+    def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
+        self._weight = layer.latent_weight(name)
+        return {}
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        x, dtype = float32_input(inputs)
+        return ops.cast(self._quantize(x), dtype)
+
+    def convert2inferable(self) -> BaseKerasInferableQuantizer:
+        weight, _ = float32_input(to_numpy(self._weight))
+        config = self.config
+        *lower, upper = (to_numpy(end) for end in self._ends(weight))
+        if not config.min_threshold:
+            upper = ranges.one_for_zeros(upper, weight, self.channels.reduced)
+        cls = inferable_class(QuantizationTarget.Weights, config.quantization_method)
+        values = [self.channels.gather(end) for end in (*lower, upper)]
+        return cls(config.num_bits, *values, **self._other_arguments())
+
+    def _other_arguments(self) -> dict:
+        return self.channels.get_config()
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The threshold of a weight, or the lower and the upper end."""
+        raise NotImplementedError
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _OwnThreshold(_OwnRange):
+    def _other_arguments(self) -> dict:
+        return super()._other_arguments() | {"narrow": True}
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, ...]:
+        config = self.config
+        find = ranges.symmetric_threshold
+        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
+            find = ranges.power_of_two_threshold
+        return (find(x, self.channels.reduced, config.num_bits, config.min_threshold),)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        threshold = ops.stop_gradient(self._ends(x)[0])
+        scale = ranges.symmetric_scale(threshold, self.config.num_bits, signed=True)
+        return fake_quantize_unclipped(x, scale)
+
+
+class _OwnEnds(_OwnRange):
+    def _ends(self, x: Tensor) -> tuple[Tensor, ...]:
+        config = self.config
+        reduced = self.channels.reduced
+        return ranges.uniform_range(x, reduced, config.num_bits, config.min_threshold)
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        bits = self.config.num_bits
+        low, high = (ops.stop_gradient(end) for end in self._ends(x))
+        scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
+        return fake_quantize_covered(x, scale, -zero_point, 2**bits - 1 - zero_point)
+
+
+_ARGUMENTS = {
+    "threshold": "threshold",
+    "is_signed": "signed",
+    "range_min": "min_range",
+    "range_max": "max_range",
+}
+"""Params of a config -> what the constructors of inferable quantizers call them."""
 
 
 class _STEQuantizer(BaseKerasTrainableQuantizer):
-    """Delegates to an inferable quantizer where the range is given."""
+    """Computes by the range that the config gives, or else by the weight's own."""
+
+    _needed: tuple[str, ...] = ("threshold",)
+    _optional: tuple[str, ...] = ()
 
     def __init__(self, quantization_config: Any) -> None:
         super().__init__(quantization_config)
-        self._fixed: BaseKerasInferableQuantizer | None = None
+        self._by: _GivenRange | _OwnRange | None = None
+        if self._check_params(self._needed, self._optional) and self.enabled:
+            self._inferable(self._other_arguments())
 
-    def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
-        raise NotImplementedError
+    def _other_arguments(self, rank: int | None = None) -> dict:
+        """Of the inferable quantizer, where no params say so; None for a rank not known yet."""
+        return {}
+
+    def _inferable(self, others: dict) -> BaseKerasInferableQuantizer:
+        """The inferable quantizer of the range in the config."""
+        config = self.quantization_config
+        cls = inferable_class(self.quantization_target, config.quantization_method)
+        given = {_ARGUMENTS[key]: value for key, value in config.params.items()}
+        quantizer = cls(config.num_bits, **others | given)
+        ends = [config.params[key] for key in reversed(self._needed)]
+        width = ends[0] if len(ends) == 1 else np.subtract(*ends)
+        self._check_floor(" - ".join(reversed(self._needed)), width)
+        return quantizer
+
+    def _find_range(self, rank: int) -> _GivenRange | _OwnRange:
+        return _GivenRange(self._inferable(self._other_arguments(rank)))
 
     def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
-        self._fixed = self._fixed_quantizer(len(tensor_shape))
-        self.quantizer_parameters = self._fixed.initialize_quantization(tensor_shape, name, layer)
+        self._by = self._find_range(len(tensor_shape))
+        self.quantizer_parameters = self._by.initialize_quantization(tensor_shape, name, layer)
         return self.quantizer_parameters
 
     def __call__(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Quantize a float tensor, in training as ever; shape and dtype are kept, in float32."""
-        return self._initialized(self._fixed)(inputs)
-
-    def convert2inferable(self) -> BaseKerasInferableQuantizer:
-        """An inferable quantizer with the same range."""
-        fixed = self._initialized(self._fixed)
-        return type(fixed).from_config(fixed.get_config())
-
-    def _initialized(self, part: Any) -> Any:
-        if part is None:
-            raise ValueError(
-                f"{type(self).__name__}: received a call before `initialize_quantization`, "
-                "expected a built wrapper or holder. Call or build the layer first."
-            )
-        return part
-
-
-class _STEWeights(_STEQuantizer):
-    """Takes the range from the weight at every call, where none is given."""
-
-    _range_keys: frozenset[str]
-
-    def __init__(self, quantization_config: Any) -> None:
-        super().__init__(quantization_config)
-        params = self.quantization_config.weights_quantization_params
-        _check_keys(self, params, set(self._range_keys))
-        self._range_is_given = bool(params)
-        self._channels: Channels | None = None
-        self._weight: Any = None
-        if self._range_is_given:
-            self._fixed_quantizer(self._possible_rank())
-
-    def _possible_rank(self) -> int:
-        """A rank that the weight may have: that of a range which has its shape, or a high one."""
-        config = self.quantization_config
-        axes = config.weights_channels_axis
-        given = max(np.ndim(value) for value in config.weights_quantization_params.values())
-        return given if given > len(axes) else max(0, *axes) + 1 + max(0, *(-a for a in axes))
-
-    def _channel_arguments(self, rank: int) -> dict:
-        config = self.quantization_config
-        if not config.weights_per_channel_threshold:
-            return {"per_channel": False}
-        axis = config.weights_channels_axis
-        return {"per_channel": True, "channel_axis": axis, "input_rank": rank}
-
-    def initialize_quantization(self, tensor_shape: tuple, name: str, layer: Any) -> dict:
-        if self._range_is_given:
-            return super().initialize_quantization(tensor_shape, name, layer)
-        arguments = {"channel_axis": None, "input_rank": None}
-        self._channels = make_channels(**arguments | self._channel_arguments(len(tensor_shape)))
-        self._weight = layer.latent_weight(name)
-        return self.quantizer_parameters
-
-    def __call__(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        """Quantize a float tensor, in training as ever; shape and dtype are kept, in float32."""
-        if self._range_is_given:
-            return super().__call__(inputs, training)
-        x, dtype = float32_input(inputs)
-        return ops.cast(self._quantize_by_own_range(x, self._initialized(self._channels)), dtype)
+        return self._built(self._by, "a call")(inputs)
 
     def convert2inferable(self) -> BaseKerasInferableQuantizer:
         """An inferable quantizer with the given range, or with the weight's present one."""
-        if self._range_is_given:
-            return super().convert2inferable()
-        channels = self._initialized(self._channels)
-        weight, _ = float32_input(to_numpy(self._weight))
-        return self._own_range_quantizer(
-            weight, channels, self._channel_arguments(channels.rank or 0)
-        )
+        return self._built(self._by, "a call").convert2inferable()
 
-    def _quantize_by_own_range(self, x: Tensor, channels: Channels) -> Tensor:
-        raise NotImplementedError
 
-    def _own_range_quantizer(
-        self, weight: Tensor, channels: Channels, arguments: dict
-    ) -> BaseKerasInferableQuantizer:
-        raise NotImplementedError
+class _STEWeights(_STEQuantizer):
+    _own: type[_OwnRange]
+
+    def _find_range(self, rank: int) -> _GivenRange | _OwnRange:
+        config = self.quantization_config
+        return super()._find_range(rank) if config.params else self._own(config, rank)
+
+    def _other_arguments(self, rank: int | None = None) -> dict:
+        config = self.quantization_config
+        if rank is None:
+            # One that the weight may have: that of a range which has its shape, or a high one.
+            axes = config.weights_channels_axis
+            rank = max(np.ndim(value) for value in config.params.values())
+            if rank <= len(axes):
+                rank = max(0, *axes) + 1 + max(0, *(-axis for axis in axes))
+        return config.channels(rank).get_config()
+
+
+class _STEActivation(_STEQuantizer):
+    def __init__(self, quantization_config: Any) -> None:
+        super().__init__(quantization_config)
+        if self.enabled:
+            self._require_params(self._needed)
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -188,41 +226,7 @@ class STEWeightQATQuantizer(_STEWeights):
     ```
     """
 
-    _range_keys = frozenset({"threshold"})
-
-    def _class(self) -> type[WeightsSymmetricInferableQuantizer]:
-        method = self.quantization_config.quantization_method
-        if method is QuantizationMethod.POWER_OF_TWO:
-            return WeightsPOTInferableQuantizer
-        return WeightsSymmetricInferableQuantizer
-
-    def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
-        config = self.quantization_config
-        threshold = config.weights_quantization_params["threshold"]
-        quantizer = self._class()(config.weights_n_bits, threshold, **self._channel_arguments(rank))
-        _check_floor("threshold", threshold, config.min_threshold)
-        return quantizer
-
-    def _threshold(self, x: Tensor, channels: Channels) -> Tensor:
-        config = self.quantization_config
-        find = ranges.symmetric_threshold
-        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
-            find = ranges.power_of_two_threshold
-        return find(x, channels.reduced, config.weights_n_bits, config.min_threshold)
-
-    def _quantize_by_own_range(self, x: Tensor, channels: Channels) -> Tensor:
-        threshold = ops.stop_gradient(self._threshold(x, channels))
-        bits = self.quantization_config.weights_n_bits
-        return fake_quantize_unclipped(x, ranges.symmetric_scale(threshold, bits, signed=True))
-
-    def _own_range_quantizer(
-        self, weight: Tensor, channels: Channels, arguments: dict
-    ) -> BaseKerasInferableQuantizer:
-        threshold = to_numpy(self._threshold(weight, channels))
-        if not self.quantization_config.min_threshold:
-            threshold = ranges.one_for_zeros(threshold, weight, channels.reduced)
-        bits = self.quantization_config.weights_n_bits
-        return self._class()(bits, channels.gather(threshold), **arguments, narrow=True)
+    _own = _OwnThreshold
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -263,59 +267,15 @@ class STEUniformWeightQATQuantizer(_STEWeights):
     ```
     """
 
-    _range_keys = frozenset({"range_min", "range_max"})
-
-    def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
-        config = self.quantization_config
-        low, high = _given_range(self, config.weights_quantization_params)
-        quantizer = WeightsUniformInferableQuantizer(
-            config.weights_n_bits, low, high, **self._channel_arguments(rank)
-        )
-        _check_floor("range_max - range_min", np.subtract(high, low), config.min_threshold)
-        return quantizer
-
-    def _range(self, x: Tensor, channels: Channels) -> tuple[Tensor, Tensor]:
-        config = self.quantization_config
-        bits, floor = config.weights_n_bits, config.min_threshold
-        return ranges.uniform_range(x, channels.reduced, bits, floor)
-
-    def _quantize_by_own_range(self, x: Tensor, channels: Channels) -> Tensor:
-        config = self.quantization_config
-        low, high = self._range(x, channels)
-        scale, zero_point = ranges.uniform_scale_and_zero_point(
-            ops.stop_gradient(low), ops.stop_gradient(high), config.weights_n_bits, ops
-        )
-        highest = 2**config.weights_n_bits - 1
-        return fake_quantize_covered(x, scale, -zero_point, highest - zero_point)
-
-    def _own_range_quantizer(
-        self, weight: Tensor, channels: Channels, arguments: dict
-    ) -> BaseKerasInferableQuantizer:
-        low, high = map(to_numpy, self._range(weight, channels))
-        if not self.quantization_config.min_threshold:
-            high = ranges.one_for_zeros(high, weight, channels.reduced)
-        bits = self.quantization_config.weights_n_bits
-        ends = channels.gather(low), channels.gather(high)
-        return WeightsUniformInferableQuantizer(bits, *ends, **arguments)
-
-
-def _given_range(quantizer: Any, params: dict) -> tuple[Any, Any]:
-    missing = [key for key in ("range_min", "range_max") if key not in params]
-    if missing:
-        raise bad_value(
-            "quantization params",
-            sorted(params),
-            "both range_min and range_max",
-            f"{type(quantizer).__name__} lacks {missing}.",
-        )
-    return params["range_min"], params["range_max"]
+    _needed = ("range_min", "range_max")
+    _own = _OwnEnds
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 @mark_quantizer(
     QuantizationTarget.Activation, [QuantizationMethod.SYMMETRIC, QuantizationMethod.POWER_OF_TWO]
 )
-class STEActivationQATQuantizer(_STEQuantizer):
+class STEActivationQATQuantizer(_STEActivation):
     """Symmetric or power-of-two activation quantizer with a straight-through gradient.
 
     Computes as `ActivationSymmetricInferableQuantizer` or `ActivationPOTInferableQuantizer`;
@@ -345,32 +305,15 @@ class STEActivationQATQuantizer(_STEQuantizer):
     ```
     """
 
-    def __init__(self, quantization_config: Any) -> None:
-        super().__init__(quantization_config)
-        params = self.quantization_config.activation_quantization_params
-        _check_keys(self, params, {"threshold", "is_signed"})
-        if self.enabled and "threshold" not in params:
-            fix = "Pass {'threshold': t}; a quantizer cannot know an activation's range."
-            raise bad_value("activation_quantization_params", params, "a threshold", fix)
-        if self.enabled:
-            self._fixed_quantizer(0)
+    _optional = ("is_signed",)
 
-    def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
-        config = self.quantization_config
-        params = config.activation_quantization_params
-        cls = ActivationSymmetricInferableQuantizer
-        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
-            cls = ActivationPOTInferableQuantizer
-        quantizer = cls(
-            config.activation_n_bits, params["threshold"], params.get("is_signed", True)
-        )
-        _check_floor("threshold", params["threshold"], config.min_threshold)
-        return quantizer
+    def _other_arguments(self, rank: int | None = None) -> dict:
+        return {"signed": True}
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
 @mark_quantizer(QuantizationTarget.Activation, [QuantizationMethod.UNIFORM])
-class STEUniformActivationQATQuantizer(_STEQuantizer):
+class STEUniformActivationQATQuantizer(_STEActivation):
     """Uniform activation quantizer with a straight-through gradient.
 
     Computes as `ActivationUniformInferableQuantizer`; gradient: upstream inside half a step around
@@ -400,16 +343,4 @@ class STEUniformActivationQATQuantizer(_STEQuantizer):
     ```
     """
 
-    def __init__(self, quantization_config: Any) -> None:
-        super().__init__(quantization_config)
-        params = self.quantization_config.activation_quantization_params
-        _check_keys(self, params, {"range_min", "range_max"})
-        if self.enabled:
-            self._fixed_quantizer(0)
-
-    def _fixed_quantizer(self, rank: int) -> BaseKerasInferableQuantizer:
-        config = self.quantization_config
-        low, high = _given_range(self, config.activation_quantization_params)
-        quantizer = ActivationUniformInferableQuantizer(config.activation_n_bits, low, high)
-        _check_floor("range_max - range_min", np.subtract(high, low), config.min_threshold)
-        return quantizer
+    _needed = ("range_min", "range_max")

@@ -103,7 +103,7 @@ class RangeQuantizer(BaseKerasInferableQuantizer):
         known = {name: getattr(grid, name, None) for name in ("signed", "narrow")}
         known |= {"lut_values": list(getattr(grid, "values", ()))}
         if grid is not None:
-            known |= {"num_bits": self.num_bits} | self._channel_config()
+            known |= {"num_bits": self.num_bits} | self._channels.get_config()
         if not self.quantizer_parameters:
             known |= {k: self._channels.gather(array) for k, array in self._constants.items()}
         return brief(type(self).__name__, **arguments_of(self, known))
@@ -111,15 +111,6 @@ class RangeQuantizer(BaseKerasInferableQuantizer):
     def _config(self, **first: Any) -> dict:
         """`first`, then the ranges as plain numbers."""
         return first | {role: self._channels.gather(self._array(role)) for role in self._constants}
-
-    def _channel_config(self) -> dict:
-        """The three constructor arguments about channels."""
-        kept = self._channels.kept
-        return {
-            "per_channel": bool(kept),
-            "channel_axis": (kept[0] if len(kept) == 1 else list(kept)) if kept else None,
-            "input_rank": self._channels.rank,
-        }
 
 
 class IntegerQuantizer(RangeQuantizer):

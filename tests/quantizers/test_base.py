@@ -335,7 +335,7 @@ def test_texts_are_given_while_a_graph_is_traced():
 
     class Told(qi.STEWeightQATQuantizer):
         def __call__(self, inputs):
-            texts.extend(map(repr, (self, self._fixed)))
+            texts.extend(map(repr, (self, self._by.quantizer)))
             return super().__call__(inputs)
 
     config = qi.TrainableQuantizerWeightsConfig(M.SYMMETRIC, 8, {"threshold": 1.0}, True, -1, False)
