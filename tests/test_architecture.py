@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +117,82 @@ def test_only_one_file_names_non_public_keras():
         for name, path in SOURCES.items()
         if any(word in path.read_text(encoding="utf-8") for word in private)
     }
-    assert naming == {"layers.keras_internals"}
+    assert naming == {INTERNALS}
+
+
+INTERNALS = "layers.keras_internals"
+ASKING = {"getattr", "hasattr", "setattr", "delattr"}
+
+
+def is_own(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def private_names_of_ours() -> set[str]:
+    """Those that a class outside of the one file defines: in its body, or as `self._x = ...`."""
+    found = set()
+    trees = [parse(path) for name, path in SOURCES.items() if name != INTERNALS]
+    for cls in (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)):
+        for part in cls.body:
+            targets = getattr(part, "targets", [getattr(part, "target", None)])
+            found |= {getattr(part, "name", "")} | {getattr(t, "id", "") for t in targets}
+        stored = [n for n in ast.walk(cls) if isinstance(n, ast.Attribute)]
+        found |= {n.attr for n in stored if isinstance(n.ctx, ast.Store) and is_own(n.value)}
+    return {name for name in found if is_private(name)}
+
+
+def private_names_of_keras() -> set[str]:
+    layer = keras.layers.Dense(2)
+    tensor = keras.Input((2,))
+    things = [layer, tensor, keras.Model(tensor, layer(tensor)), keras.Sequential([layer])]
+    return {name for thing in (*things, layer.kernel) for name in dir(thing) if is_private(name)}
+
+
+def foreign_names(tree: ast.Module, ours: set[str], of_keras: set[str]) -> list[str]:
+    """Private attributes that code takes of what is not of this package."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            allowed = ours if is_own(node.value) else ours - of_keras
+            of_python = ast.unparse(node.value) in sys.stdlib_module_names
+            if node.attr not in allowed and not of_python:
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Attribute) and node.attr == "__signature__":
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ASKING:
+            text = getattr((getattr(node.args[1], "values", None) or node.args[1:])[0], "value", "")
+            if isinstance(text, str) and is_private(text) and text not in ours - of_keras:
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_only_one_file_takes_private_attributes_of_keras():
+    ours, of_keras = private_names_of_ours(), private_names_of_keras()
+    found = {name: foreign_names(parse(path), ours, of_keras) for name, path in SOURCES.items()}
+    assert [name for name, names in found.items() if names] == [INTERNALS], found
+
+
+def test_private_attributes_are_seen_in_every_spelling():
+    """Guards the parser above; `_mine` is a name of this package, `_outputs` also one of Keras."""
+    spellings = {
+        "x = layer._layers": 1,
+        "layer._value = 3": 1,
+        "getattr(layer, '_modules', {})": 1,
+        "getattr(layer, f'_{name}')": 1,
+        "call.__signature__ = signature": 1,
+        "model._outputs": 1,
+        "self._outputs + other._mine + getattr(layer, '_mine')": 0,
+        "sys._getframe(1), layer.weights, cls.__name__, getattr(layer, name)": 0,
+    }
+    found = {
+        text: len(foreign_names(ast.parse(text), {"_mine", "_outputs"}, {"_outputs"}))
+        for text in spellings
+    }
+    assert found == spellings
 
 
 @pytest.mark.parametrize("name", SOURCES)

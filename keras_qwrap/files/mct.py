@@ -15,7 +15,7 @@ from keras_qwrap.files.containers import Legacy
 from keras_qwrap.files.limits import Contents, checked_contents
 from keras_qwrap.files.saving import Allowance, build_model, save_quantized_model
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
-from keras_qwrap.layers.keras_internals import sublayers
+from keras_qwrap.layers.keras_internals import own_variables, part_named, sublayers
 from keras_qwrap.layers.owner import FORMAT_VERSION, QuantizingLayer
 from keras_qwrap.layers.weights import find_weight, own_weights
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
@@ -380,10 +380,10 @@ def _from_group(layer: keras.Layer, group: dict) -> Iterator[Pair]:
 
 def _from_layer(layer: keras.Layer, group: dict, taken: list[keras.Variable]) -> Iterator[Pair]:
     """Those of one of Keras' layers, and of the layers that are its attributes."""
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    own = [variable for variables in own_variables(layer) for variable in variables]
     yield from _paired(layer, [v for v in own if all(v is not t for t in taken)], _own(group))
     for name in group:
-        part = getattr(layer, name, getattr(layer, f"_{name}", None))
+        part = part_named(layer, name)
         if isinstance(part, keras.Layer):
             yield from _from_layer(part, group[name], taken)
         elif isinstance(part, list):

@@ -1,7 +1,7 @@
 """What a wrapper is made from: its arguments, its layer's signature, and an example of a call."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -12,12 +12,6 @@ from keras_qwrap.layers.packed import Packed
 from keras_qwrap.layers.remaking import made_again
 from keras_qwrap.layers.weights import copy_flags, copy_variables, find_weights
 from keras_qwrap.numerics.checks import bad_type, bad_value
-
-
-def sign(function: Any, signature: inspect.Signature) -> Callable:
-    """`function`, which Keras will inspect as having `signature`."""
-    function.__signature__ = signature
-    return function
 
 
 def with_training(signature: inspect.Signature) -> inspect.Signature:

@@ -1,4 +1,8 @@
-"""Run a layer with some of its variables replaced. The only file that uses non-public Keras."""
+"""All that this package takes from non-public Keras, so that a change of Keras is mended here.
+
+In sections: what is inside a layer; signatures; calls with variables replaced; state; building and
+symbolic calls; variables; graphs; files.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +31,108 @@ from keras.src.utils.python_utils import is_default
 from keras.src.utils.tracking import DotNotTrackScope
 
 from keras_qwrap.numerics.tensors import Tensor, to_numpy
+
+# --- What is inside a layer, and how it is called.
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """`layer` and all layers inside it."""
+    return layer._flatten_layers()
+
+
+def layer_paths(model: keras.Layer) -> dict[int, str]:
+    """By `id`, the names of the layers around each layer of a model, and its own."""
+    paths: dict[int, str] = {}
+    waiting: list[tuple[keras.Layer, str]] = [(model, "")]
+    while waiting:
+        outer, prefix = waiting.pop(0)
+        inside = [layer for layer in sublayers(outer) if layer is not outer]
+        deeper = {id(deep) for layer in inside for deep in sublayers(layer) if deep is not layer}
+        for layer in inside:
+            if id(layer) not in deeper and id(layer) not in paths:
+                paths[id(layer)] = f"{prefix}{layer.name}"
+                waiting.append((layer, f"{prefix}{layer.name}/"))
+    return paths
+
+
+def is_of_user(cls: type) -> bool:
+    """Whether a class is neither one of Keras nor of this package."""
+    return cls.__module__.split(".")[0] not in ("keras", "keras_qwrap")
+
+
+def own_variables(layer: keras.Layer) -> tuple[list[keras.Variable], list[keras.Variable]]:
+    """What a layer, without those inside it, made to be trained, and what not, frozen or not."""
+    return list(layer._trainable_variables), list(layer._non_trainable_variables)
+
+
+def named_parts(layer: Any) -> dict[str, Any]:
+    """What a layer holds, by the names of its attributes, as public as they are to be had."""
+    # PyTorch keeps the layers inside apart from the attributes.
+    attributes = dict(vars(layer)) | dict(getattr(layer, "_modules", {}))
+    if isinstance(layer, keras.Model) and isinstance(getattr(layer, "layers", None), list):
+        attributes["layers"] = layer.layers
+    return {
+        _public_name(layer, name, part): part
+        for name, part in attributes.items()
+        if name not in _BOOKKEEPING
+    }
+
+
+def part_named(layer: Any, name: str) -> Any:
+    """The attribute of this name, or that which Keras calls so behind an underscore, or None."""
+    return getattr(layer, name, getattr(layer, f"_{name}", None))
+
+
+def _public_name(layer: Any, name: str, part: Any) -> str:
+    public = name.lstrip("_")
+    is_property = getattr(type(layer), public, None) is not None
+    return public if is_property and part_named(layer, public) is part else name
+
+
+_BOOKKEEPING = {
+    "_layers",
+    "_trainable_variables",
+    "_non_trainable_variables",
+    "_metrics",
+    "_seed_generators",
+    "_functional",
+    "_operations",
+    "_operations_by_depth",
+    "_nodes",
+    "_nodes_by_depth",
+}
+"""Lists that Keras keeps on every layer: paths through them would not be the user's names."""
+
+
+# --- What Keras reads off signatures: it passes arguments on, and notes shapes, by their names.
+
+
+def replace_call(layer: keras.Layer, call: Callable, signature: Signature) -> None:
+    """Let Keras run `call` for `layer.call`, and see it as having `signature`.
+
+    Keras looks at the attribute of the object, by which it passes `training` and `mask` on.
+    """
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    layer.call = call
+
+
+def sign_build(layer: keras.Layer, signature: Signature) -> None:
+    """Let Keras see `layer.build` as having `signature`, and note the shapes given by its names.
+
+    Keras reads the signature of the class's method, whatever it is told of the instance's; by what
+    it has noted, it then shows output shapes and exports models that have no graph.
+    """
+    build = layer.build
+
+    def signed(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        layer._build_shapes_dict = signature.bind(*args, **kwargs).arguments
+
+    signed.__signature__ = signature  # type: ignore[attr-defined]
+    layer.build = signed
+
+
+# --- A call with some variables replaced.
 
 Replacements = Sequence[tuple[keras.Variable, Callable[[], Tensor]]]
 
@@ -88,45 +194,7 @@ def call_with(
     return outputs, overlay.losses
 
 
-def sign_build(layer: keras.Layer, signature: Signature) -> None:
-    """Let Keras see `layer.build` as having `signature`, and note the shapes given by its names.
-
-    Keras reads the signature of the class's method, whatever it is told of the instance's; by what
-    it has noted, it then shows output shapes and exports models that have no graph.
-    """
-    build = layer.build
-
-    def signed(*args: Any, **kwargs: Any) -> None:
-        build(*args, **kwargs)
-        layer._build_shapes_dict = signature.bind(*args, **kwargs).arguments
-
-    signed.__signature__ = signature  # type: ignore[attr-defined]
-    layer.build = signed
-
-
-def sublayers(layer: keras.Layer) -> list[keras.Layer]:
-    """`layer` and all layers inside it."""
-    return layer._flatten_layers()
-
-
-def layer_paths(model: keras.Layer) -> dict[int, str]:
-    """By `id`, the names of the layers around each layer of a model, and its own."""
-    paths: dict[int, str] = {}
-    waiting: list[tuple[keras.Layer, str]] = [(model, "")]
-    while waiting:
-        outer, prefix = waiting.pop(0)
-        inside = [layer for layer in sublayers(outer) if layer is not outer]
-        deeper = {id(deep) for layer in inside for deep in sublayers(layer) if deep is not layer}
-        for layer in inside:
-            if id(layer) not in deeper and id(layer) not in paths:
-                paths[id(layer)] = f"{prefix}{layer.name}"
-                waiting.append((layer, f"{prefix}{layer.name}/"))
-    return paths
-
-
-def is_of_user(cls: type) -> bool:
-    """Whether a class is neither one of Keras nor of this package."""
-    return cls.__module__.split(".")[0] not in ("keras", "keras_qwrap")
+# --- State that a call may move.
 
 
 class State:
@@ -162,6 +230,82 @@ def state_kept(layer: keras.Layer) -> Iterator[None]:
         yield
     finally:
         state.restore()
+
+
+# --- Building, and calls with symbolic tensors, which compute nothing.
+
+
+def build_layer(layer: keras.Layer, shapes: Sequence, named_shapes: dict, example: tuple) -> None:
+    """Create the state of `layer` and of all layers inside it.
+
+    Args:
+        layer: the layer; nothing is done if it is built through and through.
+        shapes: positional arguments for `layer.build`.
+        named_shapes: keyword arguments for `layer.build`.
+        example: positional and keyword arguments for `layer.call`, with symbolic tensors; used
+            where layers are created by calling them.
+    """
+    if not layer.built:
+        if is_default(layer.build):
+            _build_by_tracing(layer, example)
+        layer.build(*shapes, **named_shapes)
+    if not all(inner.built for inner in sublayers(layer)):
+        _build_by_tracing(layer, example)
+
+
+def _build_by_tracing(layer: keras.Layer, example: tuple) -> None:
+    args, kwargs = example
+    with keras.name_scope(layer.name, caller=layer):
+        output_specs(layer.call, args, kwargs)
+
+
+def specs_of_call(layer: keras.Layer, args: tuple, kwargs: dict) -> Any:
+    """What a call of a layer returns, as symbolic tensors; nothing is noted in the layer.
+
+    `compute_output_spec` alone does not know that a call converts inputs, and reads variables, in
+    the dtype of the layer's policy.
+    """
+
+    def converted(part: Any) -> Any:
+        if isinstance(part, keras.KerasTensor):
+            return layer.dtype_policy.convert_input(part, layer.autocast, layer.input_dtype)
+        return part
+
+    if layer._convert_input_args:
+        args, kwargs = keras.tree.map_structure(converted, (args, kwargs))
+    computes_floats = layer.autocast and "float" in layer.compute_dtype
+    with backend.AutocastScope(layer.compute_dtype if computes_floats else None):
+        return layer.compute_output_spec(*args, **kwargs)
+
+
+def output_specs(function: Callable, args: Sequence, kwargs: dict) -> Any:
+    """What `function` would return, as symbolic tensors; nothing is computed and no state moves."""
+    return backend.compute_output_spec(function, *args, **kwargs)
+
+
+def is_rematerialized(layer: keras.Layer) -> bool:
+    """Whether the layer recomputes its activations when gradients are taken."""
+    return getattr(layer, "_remat_mode", None) is not None
+
+
+# --- Variables: seen before they take memory, and replaced for good.
+
+
+@contextmanager
+def variables_watched(see: Callable[[keras.Variable], None]) -> Iterator[None]:
+    """Call `see` with each variable that is made in here, before it takes memory.
+
+    It has its shape and dtype then. Variables that are made of arrays fail.
+    """
+    watch = _Watch(see)
+    before = global_state.get_global_attribute("uninitialized_variables")
+    global_state.set_global_attribute("uninitialized_variables", watch)
+    try:
+        with watch:
+            yield
+        watch.give_values()
+    finally:
+        global_state.set_global_attribute("uninitialized_variables", before)
 
 
 class _Watch(_Overlay):
@@ -205,23 +349,6 @@ class _Watch(_Overlay):
         super().add_update(update)
 
 
-@contextmanager
-def variables_watched(see: Callable[[keras.Variable], None]) -> Iterator[None]:
-    """Call `see` with each variable that is made in here, before it takes memory.
-
-    It has its shape and dtype then. Variables that are made of arrays fail.
-    """
-    watch = _Watch(see)
-    before = global_state.get_global_attribute("uninitialized_variables")
-    global_state.set_global_attribute("uninitialized_variables", watch)
-    try:
-        with watch:
-            yield
-        watch.give_values()
-    finally:
-        global_state.set_global_attribute("uninitialized_variables", before)
-
-
 def zeros_in_order_of(variable: keras.Variable) -> Callable | str:
     """An initializer of zeros that lie in memory as the variable's value does, if it has one.
 
@@ -261,202 +388,7 @@ def _nothing() -> None:
     """What a variable does that never has a value of its own when it is to be given one."""
 
 
-def described_model(
-    text: str | bytes, custom_objects: Mapping[str, Any] | None, legacy: bool, safe_mode: bool
-) -> keras.Model:
-    """The model that the config of a `.keras` file, or of a legacy `.h5` file, describes.
-
-    It is not compiled.
-    """
-    if legacy:
-        known = {**(custom_objects or {}), **keras.saving.get_custom_objects()}
-        with keras_option_scope(use_legacy_config=True), SafeModeScope(safe_mode):
-            return model_from_config(json_utils.decode(text), custom_objects=known)
-    config = json.loads(text, object_hook=_at_once)
-    if isinstance(config, dict):
-        config["compile_config"] = None
-    known = {**(custom_objects or {}), _AT_ONCE: _Sequential}
-    with ObjectSharingScope():
-        return keras.saving.deserialize_keras_object(config, known, safe_mode)
-
-
-_AT_ONCE = "keras_qwrap>Sequential"
-
-
-def _at_once(part: dict) -> dict:
-    """Let `_Sequential` make the Sequential models that a config describes."""
-    if (part.get("module"), part.get("class_name")) == ("keras", "Sequential"):
-        return part | {"registered_name": _AT_ONCE}
-    return part
-
-
-class _Sequential:
-    """Makes a Sequential model of all its layers at once.
-
-    Keras' own `from_config` adds them one by one, and runs all of them anew after each.
-    """
-
-    @staticmethod
-    def from_config(config: dict) -> keras.Sequential:
-        layers = [keras.saving.deserialize_keras_object(layer) for layer in config["layers"]]
-        model = keras.Sequential(layers, name=config["name"])
-        if not has_symbolic_inputs(model) and config.get("build_input_shape"):
-            model.build(config["build_input_shape"])
-        return model
-
-
-@contextmanager
-def _skipped_attributes_kept(model: keras.Model) -> Iterator[None]:
-    """Let Keras find out once, not for each layer, which attributes hold no state.
-
-    It keeps what it found, but under another name than that by which it looks for it.
-    """
-    kinds = {layer._obj_type() for layer in sublayers(model)}
-    names = {f"saving_attr_skiplist_{kind}": kind for kind in kinds}
-    before = {name: global_state.get_global_attribute(name) for name in names}
-    for name, kind in names.items():
-        global_state.set_global_attribute(name, saving_lib.get_attr_skipset(kind))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            global_state.set_global_attribute(name, value)
-
-
-class _Arrays(saving_lib.H5IOStore):
-    """Arrays that are read already, in place of a file that Keras searches at every step."""
-
-    def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays = arrays
-        self._groups: dict[str, dict[str, None]] = {}
-        for path in arrays:
-            while path:
-                path, _, name = path.rpartition("/")
-                self._groups.setdefault(path, {})[name] = None
-        self._group = ""
-
-    def __bool__(self) -> bool:
-        return True
-
-    def get(self, path: str) -> "_Arrays":
-        # So were layers called in files of TensorFlow 2.13.
-        paths = (path, path.replace("layers", "_layer_checkpoint_dependencies"))
-        groups = [f"{each}/vars".lstrip("/") for each in paths]
-        self._group = next((group for group in groups if group in self._groups), groups[0])
-        return self
-
-    def has_path(self, path: str) -> bool:
-        return path in self._groups
-
-    def __getitem__(self, key: str) -> Any:
-        # A copy, as a file gives: a backend may share memory with what it is given.
-        return np.array(self._arrays[f"{self._group}/{key}"])
-
-    def __contains__(self, key: object) -> bool:
-        path = f"{self._group}/{key}"
-        return path in self._arrays or path in self._groups
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    def keys(self) -> Any:
-        return self._groups.get(self._group, {}).keys()
-
-
-def load_state(model: keras.Model, arrays: Mapping[str, Any], archive: ZipFile) -> None:
-    """Give a model the state in a `.keras` archive, whose arrays have these paths."""
-    failed: set[int] = set()
-    errors: dict[int, tuple] = {}
-    assets = None
-    try:
-        if any(name.startswith("assets/") for name in archive.namelist()):
-            assets = saving_lib.DiskIOStore("assets", archive=archive, mode="r")
-        with _skipped_attributes_kept(model):
-            saving_lib._load_state(
-                model,
-                weights_store=_Arrays(arrays),
-                assets_store=assets,
-                inner_path="",
-                visited_saveables=set(),
-                failed_saveables=failed,
-                error_msgs=errors,
-            )
-    finally:
-        if assets is not None:
-            assets.close()
-    if failed:
-        saving_lib._raise_loading_failure(errors)
-
-
-def compile_as_described(
-    model: keras.Model,
-    config: dict,
-    custom_objects: Mapping[str, Any] | None,
-    legacy: bool,
-    safe_mode: bool,
-) -> None:
-    """Compile a model as the file says that it was."""
-    with keras.saving.custom_object_scope(custom_objects or {}), SafeModeScope(safe_mode):
-        if not legacy:
-            model.compile_from_config(config)
-            model.compiled = True
-            return
-        config = json_utils.decode(json.dumps(config))
-        model.compile(**compile_args_from_training_config(config, custom_objects))
-        try_build_compiled_arguments(model)
-
-
-def is_rematerialized(layer: keras.Layer) -> bool:
-    """Whether the layer recomputes its activations when gradients are taken."""
-    return getattr(layer, "_remat_mode", None) is not None
-
-
-def build_layer(layer: keras.Layer, shapes: Sequence, named_shapes: dict, example: tuple) -> None:
-    """Create the state of `layer` and of all layers inside it.
-
-    Args:
-        layer: the layer; nothing is done if it is built through and through.
-        shapes: positional arguments for `layer.build`.
-        named_shapes: keyword arguments for `layer.build`.
-        example: positional and keyword arguments for `layer.call`, with symbolic tensors; used
-            where layers are created by calling them.
-    """
-    if not layer.built:
-        if is_default(layer.build):
-            _build_by_tracing(layer, example)
-        layer.build(*shapes, **named_shapes)
-    if not all(inner.built for inner in sublayers(layer)):
-        _build_by_tracing(layer, example)
-
-
-def specs_of_call(layer: keras.Layer, args: tuple, kwargs: dict) -> Any:
-    """What a call of a layer returns, as symbolic tensors; nothing is noted in the layer.
-
-    `compute_output_spec` alone does not know that a call converts inputs, and reads variables, in
-    the dtype of the layer's policy.
-    """
-
-    def converted(part: Any) -> Any:
-        if isinstance(part, keras.KerasTensor):
-            return layer.dtype_policy.convert_input(part, layer.autocast, layer.input_dtype)
-        return part
-
-    if layer._convert_input_args:
-        args, kwargs = keras.tree.map_structure(converted, (args, kwargs))
-    computes_floats = layer.autocast and "float" in layer.compute_dtype
-    with backend.AutocastScope(layer.compute_dtype if computes_floats else None):
-        return layer.compute_output_spec(*args, **kwargs)
-
-
-def output_specs(function: Callable, args: Sequence, kwargs: dict) -> Any:
-    """What `function` would return, as symbolic tensors; nothing is computed and no state moves."""
-    return backend.compute_output_spec(function, *args, **kwargs)
-
-
-def _build_by_tracing(layer: keras.Layer, example: tuple) -> None:
-    args, kwargs = example
-    with keras.name_scope(layer.name, caller=layer):
-        output_specs(layer.call, args, kwargs)
+# --- Graphs of Functional and Sequential models.
 
 
 @dataclass(frozen=True)
@@ -574,13 +506,6 @@ def rebuilt(
     return kind(inputs, outputs, name=model.name)
 
 
-def compile_arguments(model: keras.Model) -> dict | None:
-    """The very arguments that `Model.compile` was called with; None if it was not."""
-    if not (model.compiled and hasattr(model, "_compile_config")):
-        return None
-    return dict(model._compile_config.config)
-
-
 def input_layer(tensor: keras.KerasTensor) -> keras.Layer:
     """The layer behind one of a model's inputs."""
     return tensor._keras_history.operation
@@ -590,3 +515,158 @@ def new_input(tensor: keras.KerasTensor) -> keras.KerasTensor:
     """The symbolic input of a new model that is like `tensor`, one of another model's inputs."""
     layer = input_layer(tensor)
     return type(layer).from_config(layer.get_config()).output
+
+
+def compile_arguments(model: keras.Model) -> dict | None:
+    """The very arguments that `Model.compile` was called with; None if it was not."""
+    if not (model.compiled and hasattr(model, "_compile_config")):
+        return None
+    return dict(model._compile_config.config)
+
+
+# --- Files: models from configs, and their state from arrays.
+
+
+def described_model(
+    text: str | bytes, custom_objects: Mapping[str, Any] | None, legacy: bool, safe_mode: bool
+) -> keras.Model:
+    """The model that the config of a `.keras` file, or of a legacy `.h5` file, describes.
+
+    It is not compiled.
+    """
+    if legacy:
+        known = {**(custom_objects or {}), **keras.saving.get_custom_objects()}
+        with keras_option_scope(use_legacy_config=True), SafeModeScope(safe_mode):
+            return model_from_config(json_utils.decode(text), custom_objects=known)
+    config = json.loads(text, object_hook=_at_once)
+    if isinstance(config, dict):
+        config["compile_config"] = None
+    known = {**(custom_objects or {}), _AT_ONCE: _Sequential}
+    with ObjectSharingScope():
+        return keras.saving.deserialize_keras_object(config, known, safe_mode)
+
+
+_AT_ONCE = "keras_qwrap>Sequential"
+
+
+def _at_once(part: dict) -> dict:
+    """Let `_Sequential` make the Sequential models that a config describes."""
+    if (part.get("module"), part.get("class_name")) == ("keras", "Sequential"):
+        return part | {"registered_name": _AT_ONCE}
+    return part
+
+
+class _Sequential:
+    """Makes a Sequential model of all its layers at once.
+
+    Keras' own `from_config` adds them one by one, and runs all of them anew after each.
+    """
+
+    @staticmethod
+    def from_config(config: dict) -> keras.Sequential:
+        layers = [keras.saving.deserialize_keras_object(layer) for layer in config["layers"]]
+        model = keras.Sequential(layers, name=config["name"])
+        if not has_symbolic_inputs(model) and config.get("build_input_shape"):
+            model.build(config["build_input_shape"])
+        return model
+
+
+def load_state(model: keras.Model, arrays: Mapping[str, Any], archive: ZipFile) -> None:
+    """Give a model the state in a `.keras` archive, whose arrays have these paths."""
+    failed: set[int] = set()
+    errors: dict[int, tuple] = {}
+    assets = None
+    try:
+        if any(name.startswith("assets/") for name in archive.namelist()):
+            assets = saving_lib.DiskIOStore("assets", archive=archive, mode="r")
+        with _skipped_attributes_kept(model):
+            saving_lib._load_state(
+                model,
+                weights_store=_Arrays(arrays),
+                assets_store=assets,
+                inner_path="",
+                visited_saveables=set(),
+                failed_saveables=failed,
+                error_msgs=errors,
+            )
+    finally:
+        if assets is not None:
+            assets.close()
+    if failed:
+        saving_lib._raise_loading_failure(errors)
+
+
+class _Arrays(saving_lib.H5IOStore):
+    """Arrays that are read already, in place of a file that Keras searches at every step."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays = arrays
+        self._groups: dict[str, dict[str, None]] = {}
+        for path in arrays:
+            while path:
+                path, _, name = path.rpartition("/")
+                self._groups.setdefault(path, {})[name] = None
+        self._group = ""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, path: str) -> "_Arrays":
+        # So were layers called in files of TensorFlow 2.13.
+        paths = (path, path.replace("layers", "_layer_checkpoint_dependencies"))
+        groups = [f"{each}/vars".lstrip("/") for each in paths]
+        self._group = next((group for group in groups if group in self._groups), groups[0])
+        return self
+
+    def has_path(self, path: str) -> bool:
+        return path in self._groups
+
+    def __getitem__(self, key: str) -> Any:
+        # A copy, as a file gives: a backend may share memory with what it is given.
+        return np.array(self._arrays[f"{self._group}/{key}"])
+
+    def __contains__(self, key: object) -> bool:
+        path = f"{self._group}/{key}"
+        return path in self._arrays or path in self._groups
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self) -> Any:
+        return self._groups.get(self._group, {}).keys()
+
+
+@contextmanager
+def _skipped_attributes_kept(model: keras.Model) -> Iterator[None]:
+    """Let Keras find out once, not for each layer, which attributes hold no state.
+
+    It keeps what it found, but under another name than that by which it looks for it.
+    """
+    kinds = {layer._obj_type() for layer in sublayers(model)}
+    names = {f"saving_attr_skiplist_{kind}": kind for kind in kinds}
+    before = {name: global_state.get_global_attribute(name) for name in names}
+    for name, kind in names.items():
+        global_state.set_global_attribute(name, saving_lib.get_attr_skipset(kind))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            global_state.set_global_attribute(name, value)
+
+
+def compile_as_described(
+    model: keras.Model,
+    config: dict,
+    custom_objects: Mapping[str, Any] | None,
+    legacy: bool,
+    safe_mode: bool,
+) -> None:
+    """Compile a model as the file says that it was."""
+    with keras.saving.custom_object_scope(custom_objects or {}), SafeModeScope(safe_mode):
+        if not legacy:
+            model.compile_from_config(config)
+            model.compiled = True
+            return
+        config = json_utils.decode(json.dumps(config))
+        model.compile(**compile_args_from_training_config(config, custom_objects))
+        try_build_compiled_arguments(model)

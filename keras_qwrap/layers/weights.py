@@ -8,7 +8,12 @@ from typing import Any
 
 import keras
 
-from keras_qwrap.layers.keras_internals import sublayers
+from keras_qwrap.layers.keras_internals import (
+    named_parts,
+    own_variables,
+    part_named,
+    sublayers,
+)
 from keras_qwrap.layers.layer_table import Axes, Row, aliases_of, find_row
 from keras_qwrap.layers.remaking import check_layers_alike, check_values_alike
 from keras_qwrap.numerics.checks import bad_type, bad_value
@@ -64,38 +69,16 @@ def walk(layer: keras.Layer, is_open: Callable[[keras.Layer], bool]) -> Iterator
                 waiting.append((f"{path}/", child))
 
 
-_BOOKKEEPING = {
-    "_layers",
-    "_trainable_variables",
-    "_non_trainable_variables",
-    "_metrics",
-    "_seed_generators",
-    "_functional",
-    "_operations",
-    "_operations_by_depth",
-    "_nodes",
-    "_nodes_by_depth",
-}
-"""Lists that Keras keeps on every layer: paths through them would not be the user's names."""
-
-
 def _children(parent: Any) -> list[tuple[str, Any]]:
     """Named parts of a layer, list or dictionary: attributes, indices, or keys."""
     if isinstance(parent, dict):
         return list(_entries(parent).items())
     if isinstance(parent, (list, tuple)):
         return [(str(index), child) for index, child in enumerate(parent)]
-    attributes = dict(vars(parent)) | dict(getattr(parent, "_modules", {}))
-    if isinstance(parent, keras.Model) and isinstance(getattr(parent, "layers", None), list):
-        attributes["layers"] = parent.layers
     aliases = aliases_of(parent) if isinstance(parent, keras.Layer) else {}
-    named = [(alias, _get(parent, attribute)) for alias, attribute in aliases.items()]
+    named = [(alias, part_named(parent, attribute)) for alias, attribute in aliases.items()]
     short = {id(inside): alias for alias, inside in named if isinstance(inside, keras.Layer)}
-    return [
-        (short.get(id(child)) or _public_name(parent, name, child), child)
-        for name, child in attributes.items()
-        if name not in _BOOKKEEPING
-    ]
+    return [(short.get(id(child)) or name, child) for name, child in named_parts(parent).items()]
 
 
 def _entries(parent: dict) -> dict[str, Any]:
@@ -107,18 +90,13 @@ def _entries(parent: dict) -> dict[str, Any]:
     return {str(key): parent[key] for key in keys}
 
 
-def _public_name(parent: Any, name: str, child: Any) -> str:
-    public = name.lstrip("_")
-    return public if getattr(type(parent), public, None) and _get(parent, public) is child else name
-
-
 def _get(parent: Any, part: str) -> Any:
     """Attribute, key or index `part` of `parent`; None where there is none."""
     if isinstance(parent, dict):
         return _entries(parent).get(part)
     if isinstance(parent, (list, tuple)):
         return parent[int(part)] if part.isdecimal() and int(part) < len(parent) else None
-    return getattr(parent, part, getattr(parent, f"_{part}", None))
+    return part_named(parent, part)
 
 
 def follow(layer: keras.Layer, path: str) -> Any:
@@ -279,7 +257,7 @@ def own_weights(layer: keras.Layer) -> list[keras.Variable]:
 
 def _largest_kernels(layer: keras.Layer) -> list[keras.Variable]:
     """The default rule; frozen layers count as if they were trainable."""
-    trainable = {id(variable) for variable in layer._trainable_variables}
+    trainable = {id(variable) for variable in own_variables(layer)[0]}
     kernels = [
         weight
         for weight in own_weights(layer)

@@ -16,13 +16,13 @@ from keras_qwrap.layers.building import (
     as_list,
     as_mapping,
     copy_layer,
-    sign,
     with_training,
 )
 from keras_qwrap.layers.conversion import ConvertedWeight, converted_weight
 from keras_qwrap.layers.keras_internals import (
     build_layer,
     call_with,
+    replace_call,
     sign_build,
     specs_of_call,
     sublayers,
@@ -126,7 +126,7 @@ class KerasQuantizationWrapper(QuantizingLayer):
         self._signature = with_training(self._layer_signature)
         if type(self).call is KerasQuantizationWrapper.call:
             call = partial(KerasQuantizationWrapper.call, self)
-            self.call = sign(call, self._signature)  # type: ignore[method-assign]
+            replace_call(self, call, self._signature)
         super().__init__(**{"name": layer.name, "trainable": layer.trainable, **kwargs})
         sign_build(self, inspect.signature(layer.build))
         self.layer = layer

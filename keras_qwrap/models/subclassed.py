@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.layers.building import Construction, as_list, as_mapping, sign, with_training
+from keras_qwrap.layers.building import Construction, as_list, as_mapping, with_training
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
-from keras_qwrap.layers.keras_internals import sign_build, sublayers
+from keras_qwrap.layers.keras_internals import replace_call, sign_build, sublayers
 from keras_qwrap.layers.owner import (
     FORMAT_VERSION,
     Quantizer,
@@ -109,7 +109,7 @@ class QuantizedModel(keras.Model):
         copy, example = copy_built(model, example)
         signature = with_training(inspect.signature(model.call))
         call = partial(QuantizedModel.call, self)
-        self.call = sign(call, signature)  # type: ignore[method-assign]
+        replace_call(self, call, signature)
         # The policy is what Keras asks, when it compiles, whether to scale the loss.
         policy = model.dtype_policy
         trainable = kwargs.get("trainable", model.trainable)

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 from keras import tree
 
-from keras_qwrap.layers.building import Construction, shapes_of, sign
-from keras_qwrap.layers.keras_internals import output_specs, sublayers
+from keras_qwrap.layers.building import Construction, shapes_of
+from keras_qwrap.layers.keras_internals import output_specs, replace_call, sublayers
 from keras_qwrap.layers.layer_table import is_identity
 from keras_qwrap.layers.refusals import refuse_raw_variables
 from keras_qwrap.layers.remaking import made_again, refuse_other_policies
@@ -92,7 +92,7 @@ class Taps:
         self.handle: Callable[[str, list], list] = lambda path, tensors: tensors
         for path, layer in layers.items():
             call = partial(self._run, layer.call, path)
-            layer.call = sign(call, inspect.signature(layer.call))
+            replace_call(layer, call, inspect.signature(layer.call))
 
     def _run(self, call: Callable, path: str, *args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
