@@ -66,29 +66,6 @@ _HIGHEST_RANK_OF_WHOLE_NUMBERS = 3
 """Rank, with the batch, of the inputs that may hold ids or lengths; others hold pixels."""
 
 
-def output_ranges(model: keras.Model) -> dict[int, list[OutputRange]]:
-    """The operations of a model's graph whose outputs are quantized, by `id`: each output's range.
-
-    Nested models are left out; their own graphs hold what they quantize.
-    """
-    nodes = graph_nodes(model)
-    fused = fusions(nodes, model.outputs)
-    behind = {id(reader) for readers in fused.values() for reader in readers}
-    computed = as_computed(model)
-
-    def can_be(tensors: list[keras.KerasTensor]) -> bool:
-        return all(can_be_quantized(computed.get(id(tensor), tensor)) for tensor in tensors)
-
-    found: dict[int, list[OutputRange]] = {}
-    for node in nodes:
-        operation = node.operation
-        carried = carries_grid(operation) and can_be(node.inputs) and id(operation) not in behind
-        skipped = is_graph(operation) or carried or not can_be(node.outputs)
-        if not skipped and id(operation) not in fused:
-            found[id(operation)] = [output_range(operation)] * len(node.outputs)
-    return found
-
-
 def can_be_quantized(tensor: keras.KerasTensor) -> bool:
     """Whether a tensor is of floats, and neither sparse nor ragged."""
     return _are_float([tensor]) and not (tensor.sparse or getattr(tensor, "ragged", False))

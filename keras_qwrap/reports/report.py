@@ -11,11 +11,11 @@ import keras
 from keras_qwrap.layers.owner import quantizers_in
 from keras_qwrap.models.copying import check_built, is_graph
 from keras_qwrap.models.subclassed import QuantizedModel
-from keras_qwrap.numerics.checks import brief
+from keras_qwrap.numerics.checks import bad_value, brief
+from keras_qwrap.recipes.plan import plan
 from keras_qwrap.recipes.recipe import Recipe, as_recipe
-from keras_qwrap.reports.rows import FloatWeight, LayerReport
+from keras_qwrap.reports.rows import FloatWeight, LayerReport, row_of
 from keras_qwrap.reports.text import html_list, html_table, paragraph, text_table
-from keras_qwrap.reports.walk import rows_of
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,16 @@ def quantization_report(
     """
     check_built(model)
     given = None if recipe is None else as_recipe(recipe)
-    rows, vain = rows_of(model, given)
+    if given is not None and not (is_graph(model) or isinstance(model, QuantizedModel)):
+        raise bad_value(
+            "recipe",
+            given,
+            f"None for '{model.name}', a subclassed model that is no QuantizedModel",
+            "Pass the model that `quantize_model` made from the recipe.",
+        )
+    planned = plan(model, given)
+    vain = [of_weights for of_weights, _ in planned.rules_in_vain() if of_weights]
+    rows = tuple(row_of(part) for part in planned.parts)
     return QuantizationReport(model.name, rows, (*_notes(model), *vain))
 
 

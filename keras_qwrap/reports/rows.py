@@ -10,10 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.layers.owner import Quantizer, inferable_twin
+from keras_qwrap.layers.owner import Quantizer, QuantizingLayer, inferable_twin
+from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.numerics.tensors import to_numpy
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import QuantizationMethod
+from keras_qwrap.recipes.plan import Part, PlannedWeight, UnquantizedOutputs
 
 Ends = tuple[float, float]
 
@@ -83,23 +85,6 @@ class FloatWeight:
 
 
 @dataclass(frozen=True)
-class UnquantizedOutputs:
-    """The outputs of a layer or function that have no quantizer, and why.
-
-    Attributes:
-        state: "fused": it runs in one integer kernel with the layers that read it, and one
-            quantizer stands behind all; "as its input": it carries the grid of its input, where
-            that has one; "as its weights": entries of quantized weights; "no float": integers,
-            for example; "float": what is left in float.
-        fused_into: the names of the layers that read it, where `state` is "fused".
-    """
-
-    state: str
-    reason: str
-    fused_into: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class LayerReport:
     """A layer that has weights, quantizers or outputs; a function between layers; an input.
 
@@ -120,6 +105,37 @@ class LayerReport:
     activations: tuple[QuantizedActivation, ...] = ()
     left_in_float: tuple[FloatWeight, ...] = ()
     outputs: UnquantizedOutputs | None = None
+
+
+def row_of(part: Part) -> LayerReport:
+    """The row of a part of a model: what there is to say of its weights and outputs."""
+    layer = part.operation
+    owns = isinstance(layer, QuantizingLayer)
+    converted: bool = getattr(layer, "converted", False) if owns else False
+    inner = getattr(layer, "layer", layer) if owns else layer
+    quantized: dict[str, np.ndarray] = {}
+    if isinstance(layer, KerasQuantizationWrapper) and layer.built and not converted:
+        with asking(part.path, *layer.weights_quantizers):
+            quantized = layer.get_quantized_weights()
+    weights, floats, activations = [], [], []
+    for weight in part.weights:
+        if weight.quantizer is None:
+            floats.append(_float_weight(weight))
+            continue
+        with asking(part.path, weight.path):
+            value = quantized.get(weight.path)
+            weights.append(measure_weight(weight.path, weight.variable, weight.quantizer, value))
+    for role, quantizer in part.activations.items():
+        with asking(part.path, role):
+            activations.append(measure_activation(role, quantizer, layer.built))
+    parts = (tuple(weights), tuple(activations), tuple(floats), part.unquantized)
+    return LayerReport(part.path, type(inner).__name__, owns, converted, *parts)
+
+
+def _float_weight(weight: PlannedWeight) -> FloatWeight:
+    dtype, shape = weight.variable.dtype, tuple(weight.variable.shape)
+    size = 4 if "float" in dtype else np.dtype(dtype).itemsize
+    return FloatWeight(weight.path, shape, size * math.prod(shape), weight.reason)
 
 
 def known(question: Callable, *args: Any) -> Any:

@@ -24,15 +24,17 @@ from keras_qwrap.models.placement import (
     carries_grid,
     exact_inputs,
     inputs_of_custom_layers,
-    output_ranges,
 )
+from keras_qwrap.recipes.plan import plan
 
 
 def placed(model):
     """`{operation name: kind of range}` of what is quantized in a model's graph."""
-    found = output_ranges(model)
+    planned = plan(model)
     graph = getattr(model, "operations", None) or model.layers
-    return {op.name: [r.value for r in found[id(op)]] for op in graph if id(op) in found}
+    operations = [op for op in graph if not isinstance(op, layers.InputLayer)]
+    found = {op.name: [each.value for each in planned.outputs(op).ranges] for op in operations}
+    return {name: ranges for name, ranges in found.items() if ranges}
 
 
 def chain(*parts, shape=(8, 8, 3)):

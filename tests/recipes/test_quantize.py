@@ -71,9 +71,9 @@ def test_outputs_are_those_of_a_network_written_out_by_hand():
     model, x = small(), images()
     quantized = qi.quantize_model(model)
     sizes = {"image_quantizer": (-1.5, 2.0), "relu": (0.0, 1.25)}
-    for owner, _, quantizer in qi.quantizing_layer.quantizers_in(quantized):
-        if owner.name in sizes:
-            quantizer.set_range(*sizes[owner.name])
+    holder, relu = quantized.get_layer("image_quantizer"), quantized.get_layer("relu")
+    holder.activation_holder_quantizer.set_range(*sizes["image_quantizer"])
+    relu.activation_quantizers[0].set_range(*sizes["relu"])
     kernels = {}
     for name in ("conv", "dense"):
         weight = ops.convert_to_numpy(model.get_layer(name).kernel)

@@ -6,7 +6,6 @@ import pytest
 from keras import layers, ops
 
 import keras_qwrap as qi
-from keras_qwrap import KerasQuantizationWrapper as Wrapper
 from keras_qwrap import Recipe, Rule
 
 
@@ -16,8 +15,9 @@ def rows(count=8, width=4):
 
 def wrapped(model):
     """Names of the wrapped layers, nested ones included."""
-    owners = {id(owner): owner for owner, _, _ in qi.quantizing_layer.quantizers_in(model)}
-    return sorted(owner.name for owner in owners.values() if isinstance(owner, Wrapper))
+    rows = qi.quantization_report(model).layers
+    wrappers = [row for row in rows if row.wrapped and not row.class_name.endswith("Holder")]
+    return sorted(row.path.rpartition("/")[2] for row in wrappers)
 
 
 def nested():

@@ -307,6 +307,18 @@ def test_hand_made_models_need_no_recipe():
     assert unquantized(quantization_report(twice))["total"] == GIVEN_NONE
 
 
+@pytest.mark.parametrize("quantizers", [[], [activation()]])
+def test_what_reads_a_fused_output_carries_no_grid(quantizers):
+    conv = qi.KerasQuantizationWrapper(layers.Conv2D(2, 3, name="conv"), {}, quantizers)
+    parts = [keras.Input((6, 6, 2), name="in"), conv, layers.MaxPooling2D(name="pool")]
+    found = unquantized(quantization_report(keras.Sequential([*parts, layers.ReLU(name="relu")])))
+    if quantizers:
+        assert found == {"in": GIVEN_NONE, "pool": CARRIED, "relu": GIVEN_NONE}
+    else:
+        fused_pair = {"conv": fused("pool"), "pool": GIVEN_NONE}
+        assert found == {"in": GIVEN_NONE, "relu": GIVEN_NONE} | fused_pair
+
+
 def test_outputs_of_which_only_some_are_floats():
     class Both(layers.Layer):
         def call(self, x):
