@@ -180,7 +180,7 @@ class Plan:
             places = places_of_units(_float(self._model), self._outputs_of_units)
         ruled = [place for place in places if isinstance(place.layer, keras.Layer)]
         self._planned = list(zip(ruled, recipe.plan(ruled), strict=True))
-        self._decisions = {id(place.layer): recipe.decide(None) for place in places}
+        self._decisions = dict.fromkeys((id(place.layer) for place in places), recipe.decide(None))
         self._decisions |= {id(place.layer): decision for place, decision in self._planned}
 
     @property

@@ -49,23 +49,24 @@ def _check_spec(spec: Any, target: QuantizationTarget) -> None:
         raise bad_value("range", spec.range, f"{ranges} with method {spec.method!r}", fix)
 
 
-def _text(value: Any) -> str:
-    return getattr(value, "__qualname__", repr(value)) if callable(value) else repr(value)
-
-
 class Declared:
     """What specs, rules and recipes share: a short repr, and plain dictionaries."""
 
     def __repr__(self) -> str:
-        given = {name: _text(value) for name, value in self.given().items()}
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in given.items())})"
+        given = [
+            f"{name}={getattr(value, '__qualname__', repr(value))}"
+            for name, value in self.given().items()
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def given(self) -> dict:
         """The arguments that differ from their defaults."""
+        values = ((entry, getattr(self, entry.name)) for entry in fields(self))  # type: ignore[arg-type]
         return {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)  # type: ignore[arg-type]
-            if repr(getattr(self, entry.name)) != repr(entry.default)
+            entry.name: value
+            for entry, value in values
+            # 1 equals True, and arrays, which may be refused next, cannot be compared to None.
+            if type(value) is not type(entry.default) or value != entry.default
         }
 
     def get_config(self) -> dict:

@@ -92,8 +92,8 @@ class QuantizationReport:
         return {
             "model": self.model,
             "notes": list(self.notes),
-            "layers": [_plain(asdict(layer)) for layer in self.layers],
-            "totals": _plain(asdict(self.totals)),
+            "layers": [_for_json(asdict(layer)) for layer in self.layers],
+            "totals": _for_json(asdict(self.totals)),
         }
 
     def records(self) -> list[dict]:
@@ -146,7 +146,7 @@ class QuantizationReport:
         )
 
     def __str__(self) -> str:
-        return "\n".join(_text(self))
+        return "\n".join(_lines(self))
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
@@ -230,11 +230,12 @@ _MAY_BE_WHOLE = (
 _NO_GRAPH = "A subclassed model has no graph of its activations"
 
 
-def _plain(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
+    """Lists in the place of tuples, and strings in the place of numbers that JSON lacks."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _for_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_for_json(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -247,7 +248,7 @@ _STACKS = ((0, 1), (2, 3), (4, 5), (6,), (7, 8), (9,))
 _FUSED = "fused into what reads them"
 
 
-def _text(report: QuantizationReport) -> list[str]:
+def _lines(report: QuantizationReport) -> list[str]:
     rows = _rows(report)
     lines = paragraph(_title(report))
     lines += ["", *text_table(rows, _STACKS)] if len(rows) > 1 else []
