@@ -26,6 +26,7 @@ from keras_qwrap.layers.keras_internals import (
     load_state,
     variables_watched,
 )
+from keras_qwrap.layers.owner import quantizers_in
 from keras_qwrap.layers.packed import (
     KEEP_CODES,
     load_legacy_weights,
@@ -33,6 +34,7 @@ from keras_qwrap.layers.packed import (
 )
 from keras_qwrap.numerics.channels import check_bool
 from keras_qwrap.numerics.checks import bad_type, bad_value, innermost, no_model, warn
+from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE
 
 _OF_WEIGHTS = tuple(f".weights{ending}" for ending in Legacy.endings)
@@ -175,6 +177,7 @@ def keras_load_quantized_model(
         if compile:
             _count_metrics(contents, allowance, custom_objects)
         _load_weights(model, contents, custom_objects, safe_mode, compile)
+        _check_ranges(model)
         return model
     except Exception as error:
         allowance.check()
@@ -219,6 +222,20 @@ def _load_legacy_optimizer(model: keras.Model, state: list[np.ndarray] | None) -
         model.optimizer.set_weights(state)
     except ValueError as error:
         warn(f"The state of the optimizer in the file does not fit and is left out: {error}")
+
+
+def _check_ranges(model: keras.Model) -> None:
+    """Refuse ranges of inferable quantizers, which a file holds twice, where it says two things."""
+    for owner, role, quantizer in quantizers_in(model):
+        if not isinstance(quantizer, BaseKerasInferableQuantizer):
+            continue
+        for name in quantizer.changed_ranges():
+            raise bad_value(
+                f"layer '{owner.name}', '{role}'",
+                f"a variable with another {name} than the quantizer's config",
+                "the same in both",
+                "The file was changed; save the model again.",
+            )
 
 
 class Allowance:

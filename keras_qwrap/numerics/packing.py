@@ -116,7 +116,9 @@ class Header(NamedTuple):
 
 
 def read_header(framed: np.ndarray) -> Header | None:
-    """The header of what `frame` gave; None for other bytes."""
+    """The header of what `frame` gave; None for other arrays."""
+    if framed.dtype != np.uint8 or framed.ndim != 1:
+        return None
     try:
         num_bits, signed = int(framed[0]) % _SIGNED, bool(framed[0] >= _SIGNED)
         start = _PREFIX + int(framed[1]) + 256 * int(framed[2])
@@ -133,7 +135,7 @@ def read_header(framed: np.ndarray) -> Header | None:
 
 def is_framed(array: np.ndarray) -> bool:
     """Whether an array of a file is what `frame` gives."""
-    return array.dtype == np.uint8 and array.ndim == 1 and read_header(array) is not None
+    return read_header(array) is not None
 
 
 def unframe(framed: np.ndarray) -> tuple[np.ndarray, int, str]:

@@ -116,6 +116,13 @@ class BaseKerasInferableQuantizer(_Quantizer):
         """Create the quantizer's variables through `layer.add_weight`; none by default."""
         return {}
 
+    def changed_ranges(self) -> list[str]:
+        """Names of the variables that do not hold what the constructor was given; none by default.
+
+        A file holds both, and loading refuses it where they differ.
+        """
+        return []
+
     def __call__(self, inputs: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(inputs).")
 

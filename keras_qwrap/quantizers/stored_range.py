@@ -81,6 +81,10 @@ class RangeQuantizer(BaseKerasInferableQuantizer):
         }
         return self.quantizer_parameters
 
+    def changed_ranges(self) -> list[str]:
+        given = self._constants.items()
+        return [role for role, array in given if not np.array_equal(self._array(role), array)]
+
     def _tensor(self, role: str) -> Tensor:
         """A range for use in a computation."""
         if role in self.quantizer_parameters:

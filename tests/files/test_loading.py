@@ -1,5 +1,6 @@
 """`keras_load_quantized_model`: what it takes, and how it refuses damaged and foreign files."""
 
+import io
 import json
 import os
 import pathlib
@@ -361,3 +362,57 @@ def test_the_format_version_is_checked(kind, ending, tmp_path):
     edit_config(path, lambda config: config.pop("format_version"))
     with pytest.raises(ValueError, match="format_version: received None"):
         qi.keras_load_quantized_model(path, compile=False)
+
+
+def converted(top):
+    """A model with a threshold of its kernel and a range of its outputs up to `top`."""
+    keras.utils.set_random_seed(0)
+    kernel = qi.WeightsPOTInferableQuantizer(8, top, per_channel=False)
+    output = qi.ActivationUniformInferableQuantizer(8, -1.0, top)
+    layer = qi.KerasQuantizationWrapper(
+        keras.layers.Dense(2), {"kernel": kernel}, output, name="dense"
+    )
+    return keras.Sequential([keras.Input((3,)), layer])
+
+
+@pytest.mark.parametrize("name", ["kernel_threshold", "output_0_max_range"])
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_a_range_that_is_another_in_the_config_is_refused(name, ending, tmp_path):
+    path = tmp_path / f"model.{ending}"
+    model = converted(4.0)
+    # The config is written from the variables, and tells what they are now.
+    (variable,) = (v for v in model.variables if v.name == name)
+    variable.assign(8.0)
+    model.save(path)
+    assert qi.keras_load_quantized_model(path)(X).shape == (4, 2)
+    mark = "kernel" if name == "kernel_threshold" else "output_0"
+    with_array(path, 8.0, 16.0)
+    refused(path, ValueError, f"layer 'dense', '{mark}'.*{name.removeprefix(f'{mark}_')}")
+
+
+def with_array(path, old, new):
+    """Change the only array of a file that holds this number alone."""
+    data = path.read_bytes()
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        data = members["model.weights.h5"]
+    with h5py.File(stream := io.BytesIO(data), "a") as file:
+        found = []
+        file.visititems(lambda _, part: found.append(part) if hasattr(part, "dtype") else None)
+        (array,) = (each for each in found if each.size == 1 and each[()].item() == old)
+        array[...] = np.full(array.shape, new, array.dtype)
+    if path.suffix == ".keras":
+        write_archive(path, members | {"model.weights.h5": stream.getvalue()})
+    else:
+        path.write_bytes(stream.getvalue())
+
+
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_a_model_that_was_given_other_ranges_is_saved_with_them(ending, tmp_path):
+    source, model, path = converted(4.0), converted(2.0), tmp_path / f"model.{ending}"
+    source.save_weights(tmp_path / "source.weights.h5")
+    model.load_weights(tmp_path / "source.weights.h5")
+    qi.save_quantized_model(model, path)
+    loaded = qi.keras_load_quantized_model(path)
+    np.testing.assert_array_equal(np.asarray(loaded(X)), np.asarray(source(X)))
