@@ -16,6 +16,7 @@ from keras_qwrap.numerics.checks import bad_value
 from keras_qwrap.numerics.packing import expand, histogram, read_header
 from keras_qwrap.quantizers.config import QuantizationTarget
 from keras_qwrap.reports.rows import measure_activation
+from keras_qwrap.reports.text import text_table
 
 _QUANTIZING = ("KerasQuantizationWrapper", "KerasActivationQuantizationHolder", "QuantizedModel")
 
@@ -59,7 +60,7 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class InspectedFile:
-    """What `inspect_file` found; `str` of it is a table.
+    """What `inspect_file` found; `str` of it is a table, no wider than the terminal.
 
     Attributes:
         path: the file.
@@ -87,19 +88,18 @@ class InspectedFile:
         for layer in self.layers:
             name = layer.inner_class or layer.class_name
             rows += [(layer.path, name, *_cells(quantizer)) for quantizer in layer.quantizers]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
         return "\n".join(
             [
                 f"{self.path}: {self.bytes:,} bytes, {self.stored_bytes:,} of them weights",
                 f"Keras {self.keras_version or 'of unknown version'}, "
                 f"SHA-256 {self.digest + ', checked' if self.digest else 'not recorded'}",
-                *(["", *table] if len(rows) > 1 else ["No quantized layers."]),
+                *(["", *text_table(rows, _STACKS)] if len(rows) > 1 else ["No quantized layers."]),
             ]
         )
+
+
+_STACKS = ((0, 1), (2, 3), (4, 5), (6, 7), (8,))
+"""Columns one above the other in a narrow terminal."""
 
 
 def _cells(quantizer: InspectedQuantizer) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ def inspect_file(path: str | os.PathLike) -> InspectedFile:
     contents = read_contents(path)
     try:
         layers = list(_layers(contents.config, (), root=True))
-        arrays = _Arrays(contents)
+        arrays = (_Named if contents.container.legacy else _Numbered)(contents)
         found = tuple(_inspected(chain, name, node, arrays) for chain, name, node in layers)
     except RecursionError as error:
         raise bad_value(
@@ -176,11 +176,10 @@ class _Arrays:
     def __init__(self, contents: Contents) -> None:
         self._packed: dict[tuple[Chain, str], list[np.ndarray]] = {}
         self._named: dict[Chain, dict[str, np.ndarray]] = {}
-        self._numbered = not contents.container.legacy
         around = contents.container.layers_around(contents.arrays)
         for path, array in contents.arrays.items():
             self._named.setdefault(around[path], {})[path.rpartition("/")[2]] = array
-            header = read_header(array) if array.dtype == np.uint8 and array.ndim == 1 else None
+            header = read_header(array)
             if header is not None:
                 self._packed.setdefault((around[path], header.path), []).append(array)
 
@@ -192,29 +191,16 @@ class _Arrays:
         found = exact or inside
         return self._packed[found[0]].pop(0) if found else None
 
-    def variables(self, names: Chain) -> Iterator[tuple[str | None, np.ndarray]]:
+    def variables(self, names: Chain) -> list[tuple[str | None, np.ndarray]]:
         """Those of a layer itself, in order, with their names if the file says them."""
-        own = self._named.get(self._of(names), {})
-        order = sorted(own, key=int) if self._numbered and all(map(str.isdecimal, own)) else own
-        return ((None if self._numbered else leaf, own[leaf]) for leaf in order)
-
-    def _of(self, names: Chain) -> Chain:
-        """The names by which a layer goes in the file."""
-        if self._numbered:
-            return names
-        # Legacy files have the outermost layer, and then what is around each variable.
-        found = [
-            c for c in self._named if len(c) > 1 and c[:1] == names[:1] and c[-1:] == names[-1:]
-        ]
-        inner = [c for c in found if c[-2] == names[-2]] if len(names) > 1 else []
-        return min(inner or found, key=len, default=())
+        raise NotImplementedError
 
     def weight(self, names: Chain, role: str, of_keras: bool) -> np.ndarray | None:
         """The floats of a weight inside a layer; None if several arrays can be they."""
         *outer, leaf = role.split("/")
         groups = {
-            chain: sorted(key for key, part in parts.items() if self._may_be(leaf, key, part))
-            for chain, parts in self._named.items()
+            chain: sorted(key for key, array in arrays.items() if self._may_be(leaf, key, array))
+            for chain, arrays in self._named.items()
             if self._is_inside(chain, names, bool(outer))
         }
         groups = {chain: keys for chain, keys in groups.items() if keys}
@@ -226,23 +212,50 @@ class _Arrays:
             keys = keys[:1] if leaf in _FIRST else keys[1:]
         return self._named[chains[0]][keys[0]] if len(keys) == 1 else None
 
-    def _may_be(self, leaf: str, key: str, part: np.ndarray) -> bool:
+    def _may_be(self, leaf: str, key: str, array: np.ndarray) -> bool:
         """Whether an array may be the kernel of that name."""
-        return part.ndim > 1 and part.dtype.kind == "f" and (self._numbered or key == leaf)
+        return array.ndim > 1 and array.dtype.kind == "f"
 
     def _is_inside(self, chain: Chain, names: Chain, deep: bool) -> bool:
         """Whether arrays are in the layer that a wrapper is around, or `deep` inside of it."""
-        if self._numbered:
-            more = len(chain) - len(names)
-            return chain[: len(names)] == names and (more > 0 if deep else more == 1)
+        raise NotImplementedError
+
+
+class _Numbered(_Arrays):
+    """In an archive each layer has a group, in which its variables are numbered."""
+
+    def variables(self, names: Chain) -> list[tuple[str | None, np.ndarray]]:
+        own = self._named.get(names, {})
+        order = sorted(own, key=int) if all(map(str.isdecimal, own)) else own
+        return [(None, own[number]) for number in order]
+
+    def _is_inside(self, chain: Chain, names: Chain, deep: bool) -> bool:
+        more = len(chain) - len(names)
+        return chain[: len(names)] == names and (more > 0 if deep else more == 1)
+
+
+class _Named(_Arrays):
+    """A legacy file has the outermost layers, and in each the paths of variables."""
+
+    def variables(self, names: Chain) -> list[tuple[str | None, np.ndarray]]:
+        found = [
+            c for c in self._named if len(c) > 1 and c[:1] == names[:1] and c[-1:] == names[-1:]
+        ]
+        inner = [c for c in found if c[-2] == names[-2]] if len(names) > 1 else []
+        return list(self._named.get(min(inner or found, key=len, default=()), {}).items())
+
+    def _may_be(self, leaf: str, key: str, array: np.ndarray) -> bool:
+        return key == leaf and super()._may_be(leaf, key, array)
+
+    def _is_inside(self, chain: Chain, names: Chain, deep: bool) -> bool:
         return chain[:1] == names[:1] and set(names[-2:]) <= set(chain)
 
 
 class _Stored:
     """Stands for a layer in which quantizers create variables: they get those of the file."""
 
-    def __init__(self, variables: Iterator[tuple[str | None, np.ndarray]]) -> None:
-        self._variables = list(variables)
+    def __init__(self, variables: list[tuple[str | None, np.ndarray]]) -> None:
+        self._variables = variables
         self._prefix, self._weight, self._lacks_weight = "", cast(Any, None), False
 
     def add_weight(self, name: str, shape: tuple, **_: Any) -> np.ndarray:

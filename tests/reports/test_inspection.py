@@ -240,7 +240,8 @@ def test_ranges_of_every_quantizer_are_those_of_the_report(make, ending, tmp_pat
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_what_is_not_calibrated_has_no_range(ending, tmp_path):
+def test_what_is_not_calibrated_has_no_range(ending, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="dense")])
     quantized = qi.quantize_model(model, "w4a8")
     path = str(tmp_path / f"model{ending}")
@@ -336,7 +337,8 @@ def saved(tmp_path, ending=".keras"):
     return path
 
 
-def test_the_table_and_the_dictionary(tmp_path):
+def test_the_table_and_the_dictionary(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     path = saved(tmp_path)
     found = qi.inspect_file(path)
     text = str(found).splitlines()
@@ -350,6 +352,17 @@ def test_the_table_and_the_dictionary(tmp_path):
     there = json.loads(json.dumps(found.to_dict()))
     assert there == found.to_dict()
     assert there["layers"][0]["quantizers"][0]["shape"] == [3, 2]
+
+
+def test_the_table_fits_into_a_narrow_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    table = str(qi.inspect_file(saved(tmp_path))).splitlines()[3:]
+    assert max(map(len, table)) <= 70
+    assert [line.split()[:3] for line in table[:3]] == [
+        ["layer", "tensor", "bits"],
+        ["class", "quantizer", "range"],
+        ["dense", "kernel", "4"],
+    ]
 
 
 def test_the_command_line(tmp_path, capsys):
