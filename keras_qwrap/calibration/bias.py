@@ -13,9 +13,11 @@ from keras import ops
 
 from keras_qwrap.calibration.batches import batches
 from keras_qwrap.layers.keras_internals import graph_nodes, state_kept, sublayers
-from keras_qwrap.layers.layer_table import Behaviour, behaviour_of, is_batch_normalization
+from keras_qwrap.layers.layer_table import Behaviour, behaviour_of
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
-from keras_qwrap.models.copying import Copier, check_graph, is_graph
+from keras_qwrap.models.batch_norm import normalized_nodes
+from keras_qwrap.models.copying import Copier, check_graph
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.numerics.checks import bad_value
 from keras_qwrap.numerics.tensors import Tensor, to_numpy
 
@@ -188,7 +190,7 @@ def _inside(operation: Any) -> Any:
 
 def _offsets(model: keras.Model) -> dict[str, _Offset]:
     """By a path that is the same in float and quantized, the offset of every layer that has one."""
-    norms = _normalizations(model)
+    norms = {id(_inside(node.operation)): norm for node, norm in normalized_nodes(model)}
     found: dict[str, _Offset] = {}
     calls = Counter(id(layer) for _, layer in _layers(model))
     for path, layer in _layers(model):
@@ -218,24 +220,6 @@ def _layers(model: keras.Model, prefix: str = "") -> Iterator[tuple[str, keras.L
             layers = sublayers(_inside(layer)) if isinstance(layer, keras.Layer) else []
             for i, inner in enumerate(layers):
                 yield f"{path}{i}", inner
-
-
-def _normalizations(model: keras.Model) -> dict[int, keras.Layer]:
-    """By `id` of a linear layer, the batch normalization that alone reads its output."""
-    graphs = [graph for graph in sublayers(model) if is_graph(graph)]
-    nodes = [graph_nodes(graph) for graph in graphs]
-    calls = Counter(id(node.operation) for found in nodes for node in found)
-    norms = {}
-    for graph, found in zip(graphs, nodes, strict=True):
-        made_by = {id(tensor): node.operation for node in found for tensor in node.outputs}
-        uses = Counter(id(tensor) for node in found for tensor in node.inputs)
-        uses.update(id(tensor) for tensor in graph.outputs)
-        for node in found:
-            source = made_by.get(id(node.inputs[0]))
-            alone = uses[id(node.inputs[0])] == calls[id(source)] == calls[id(node.operation)] == 1
-            if alone and is_batch_normalization(node.operation):
-                norms[id(_inside(source))] = node.operation
-    return norms
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_qwrap.layers.keras_internals import graph_nodes, sublayers
+from keras_qwrap.layers.keras_internals import GraphNode, sublayers
 from keras_qwrap.layers.layer_table import OutputChannels, is_batch_normalization, row_of_outputs
 from keras_qwrap.layers.remaking import made_again
 from keras_qwrap.layers.weights import follow, weight_paths
-from keras_qwrap.models.copying import Copier, check_graph, is_graph
+from keras_qwrap.models.copying import Copier, check_graph
+from keras_qwrap.models.graph import graphs_in
 from keras_qwrap.numerics.channels import Channels, make_channels
 from keras_qwrap.numerics.checks import bad_type, bad_value
 from keras_qwrap.numerics.grids import SMALLEST_SCALE, IntegerGrid, check_scale, float_array
@@ -266,24 +267,27 @@ def _output_channels(layer: keras.Layer, rank: int, axis: int) -> OutputChannels
     return OutputChannels(row.fold, axes, (-1,), {"use_bias": True} if needs_bias else {})
 
 
-def _find_folds(model: keras.Model) -> list[_Fold]:
-    graphs = {id(graph): graph for graph in sublayers(model) if is_graph(graph)}
-    nodes = {key: graph_nodes(graph) for key, graph in graphs.items()}
-    calls = Counter(id(node.operation) for found in nodes.values() for node in found)
-    folds = []
-    for key, graph in graphs.items():
-        made_by = {id(tensor): node for node in nodes[key] for tensor in node.outputs}
-        uses = Counter(id(tensor) for node in nodes[key] for tensor in node.inputs)
-        uses.update(id(tensor) for tensor in graph.outputs)
-        for node in nodes[key]:
-            source, norm = made_by.get(id(node.inputs[0])), node.operation
-            if not is_batch_normalization(norm) or source is None:
+def normalized_nodes(model: keras.Model) -> list[tuple[GraphNode, keras.Layer]]:
+    """Nodes whose output a batch normalization alone reads, and that; neither is called twice."""
+    graphs = graphs_in(model)
+    calls = Counter(id(node.operation) for graph in graphs for node in graph.nodes)
+    found = []
+    for graph in graphs:
+        for node in graph.nodes:
+            norm = node.operation
+            if not is_batch_normalization(norm):
                 continue
-            shared = calls[id(source.operation)] > 1 or calls[id(norm)] > 1
-            if uses[id(node.inputs[0])] == 1 and not shared:
-                fold = _fold(source.operation, len(source.outputs[0].shape), norm)
-                folds += [fold] if fold else []
-    return folds
+            source = graph.made_by(node.inputs[0])
+            alone = graph.only_reader(node.inputs[0]) is node
+            if source and alone and calls[id(source.operation)] == calls[id(norm)] == 1:
+                found.append((source, norm))
+    return found
+
+
+def _find_folds(model: keras.Model) -> list[_Fold]:
+    found = normalized_nodes(model)
+    folds = [_fold(node.operation, len(node.outputs[0].shape), norm) for node, norm in found]
+    return [fold for fold in folds if fold is not None]
 
 
 def _fold(layer: keras.Layer, rank: int, norm: keras.Layer) -> _Fold | None:

@@ -9,7 +9,8 @@ from keras_qwrap.layers.holder import KerasActivationQuantizationHolder, unquant
 from keras_qwrap.layers.keras_internals import input_layer, sublayers
 from keras_qwrap.layers.owner import QuantizingLayer, quantizers_in, refuse_inner_wrappers
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
-from keras_qwrap.models.copying import Copier, check_graph, is_graph
+from keras_qwrap.models.copying import Copier, check_graph
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.subclassed import QuantizedModel
 
 

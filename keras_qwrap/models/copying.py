@@ -7,7 +7,6 @@ import keras
 
 from keras_qwrap.layers.keras_internals import (
     compile_arguments,
-    has_own_call,
     has_symbolic_inputs,
     new_input,
     rebuilt,
@@ -18,18 +17,8 @@ from keras_qwrap.layers.refusals import refuse_raw_variables
 from keras_qwrap.layers.remaking import made_again
 from keras_qwrap.layers.weights import copy_flags, copy_variables
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.numerics.checks import bad_type, bad_value, no_model, warn
-
-
-def has_graph(model: Any) -> bool:
-    """Whether this is a Functional or Sequential model."""
-    functional = isinstance(model, keras.Model) and hasattr(model, "operations")
-    return functional or isinstance(model, keras.Sequential)
-
-
-def is_graph(model: Any) -> bool:
-    """Whether this is a Functional or Sequential model that computes what its graph says."""
-    return has_graph(model) and not has_own_call(model)
 
 
 def unwrapped(operation: Any) -> Any:

@@ -47,7 +47,8 @@ from keras_qwrap.layers.layer_table import (
     output_range,
     row_of_outputs,
 )
-from keras_qwrap.models.copying import is_graph, unwrapped
+from keras_qwrap.models.copying import unwrapped
+from keras_qwrap.models.graph import Graph, is_graph
 
 _CARRIERS = frozenset({Behaviour.CARRIER, Behaviour.MAX_POOLING})
 
@@ -119,21 +120,16 @@ def fusions(nodes: list[GraphNode], ends: list[keras.KerasTensor]) -> dict[int, 
     `nodes` are those of a graph, and `ends` its outputs. An operation with several nodes is there
     if it fuses in all of them.
     """
-    readers: dict[int, list[GraphNode]] = {}
-    for node in nodes:
-        for tensor in node.inputs:
-            readers.setdefault(id(tensor), []).append(node)
-    leaving = {id(tensor) for tensor in ends}
+    graph = Graph(nodes, ends)
 
     def only_reader(
         tensor: keras.KerasTensor, skipped: Callable[[GraphNode], bool]
     ) -> tuple[GraphNode, keras.KerasTensor] | None:
         """The one node that reads a tensor, behind those that are skipped, and what it reads."""
-        reading = readers.get(id(tensor), [])
-        if id(tensor) in leaving or len(reading) != 1:
+        node = graph.only_reader(tensor)
+        if node is None:
             return None
-        skip = skipped(reading[0])
-        return only_reader(reading[0].outputs[0], skipped) if skip else (reading[0], tensor)
+        return only_reader(node.outputs[0], skipped) if skipped(node) else (node, tensor)
 
     def fused_reader(operation: Any, tensor: keras.KerasTensor) -> Any:
         lookup = only_reader(tensor, _leads_to_lookups)

@@ -23,7 +23,8 @@ from keras_qwrap.layers.owner import (
 from keras_qwrap.layers.remaking import deserialize_layer
 from keras_qwrap.layers.weights import find_weight, follow
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper, layer_is_own
-from keras_qwrap.models.copying import carry_compiled, check_float, is_graph, warn_of_own_steps
+from keras_qwrap.models.copying import carry_compiled, check_float, warn_of_own_steps
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.taps import (
     Example,
     Taps,

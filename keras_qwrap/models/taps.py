@@ -15,7 +15,7 @@ from keras_qwrap.layers.layer_table import is_identity
 from keras_qwrap.layers.refusals import refuse_raw_variables
 from keras_qwrap.layers.remaking import made_again, refuse_other_policies
 from keras_qwrap.layers.weights import copy_flags, copy_variables, follow, own_weights, walk
-from keras_qwrap.models.copying import has_graph
+from keras_qwrap.models.graph import has_graph
 from keras_qwrap.numerics.checks import bad_type, bad_value
 
 Example = tuple[Sequence, Mapping[str, Any]]
