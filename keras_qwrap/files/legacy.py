@@ -12,7 +12,7 @@ from keras_qwrap.layers.remaking import (
     loads_by_itself,
     stubborn_classes,
 )
-from keras_qwrap.models.copying import has_graph
+from keras_qwrap.models.graph import has_graph
 from keras_qwrap.numerics.checks import Told, bad_value, innermost
 
 _LAYERS_TOO = frozenset({"Concatenate", "Softmax"})
