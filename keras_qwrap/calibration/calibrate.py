@@ -14,6 +14,7 @@ from keras_qwrap.layers.keras_internals import State, layer_paths, state_kept
 from keras_qwrap.layers.owner import QuantizingLayer, observed, quantizers_in
 from keras_qwrap.models.copying import check_built
 from keras_qwrap.numerics.checks import bad_value, warn
+from keras_qwrap.numerics.ranges import Range
 from keras_qwrap.numerics.search import check_range_method, find_range, needs_samples
 from keras_qwrap.numerics.tensors import Tensor
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
@@ -119,7 +120,7 @@ def calibrate(
     ranges: list[tuple[float, float] | None] = []
     for (_, quantizer), one, chosen in zip(rows, seen, methods, strict=True):
         config = quantizer.quantization_config
-        bits, grid = config.activation_n_bits, config.quantization_method.name.lower()
+        bits, grid = config.num_bits, config.grid
         values, weights, low, high = one.summary(chosen)
         found = find_range(values, low, high, chosen, bits, grid, weights) if one.reached else None
         ranges.append(found)
@@ -441,7 +442,7 @@ class _Seen:
             return
         low, high = (float(end) for end in batch.ends)
         step = 1 - self._momentum if self.reached else 1.0
-        self._average += step * ([min(low, 0.0), max(high, 0.0)] - self._average)
+        self._average += step * (Range.of(low, high, np) - self._average)
         self._ends = min(low, self._ends[0]), max(high, self._ends[1])
         self.reached = True
         self.whole = self.whole and batch.whole

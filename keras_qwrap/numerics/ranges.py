@@ -5,18 +5,32 @@ so that a graph compiler cannot change its result. The argument `xp` is the arra
 `numpy` where a quantizer is constructed, `keras.ops` where it is called. Both give the same bits.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_qwrap.numerics.grids import IntegerGrid
 from keras_qwrap.numerics.rounding import SMALLEST_SCALE, normal, to_steps
 from keras_qwrap.numerics.tensors import Tensor, to_numpy
 
-Axes = tuple[int, ...] | None
+Reduced = tuple[int, ...] | None
+"""The axes that share one range, `Channels.reduced`; None for all of them."""
 
 _POWERS_OF_TWO = np.float32(2.0) ** np.arange(-126, 128, dtype=np.float32)
+
+
+class Range(NamedTuple):
+    """Two ends, numbers or one for each channel, between which zero lies: `low <= 0 <= high`."""
+
+    low: Any
+    high: Any
+
+    @classmethod
+    def of(cls, low: Any, high: Any, xp: Any) -> "Range":
+        """The ends, widened to hold zero."""
+        return cls(xp.minimum(low, np.float32(0)), xp.maximum(high, np.float32(0)))
 
 
 def symmetric_scale(threshold: Tensor, num_bits: int, signed: bool) -> Tensor:
@@ -39,7 +53,7 @@ def uniform_scale_and_zero_point(
     return scale, to_steps(-min_range, scale, xp)
 
 
-def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
+def largest_magnitude(weight: Tensor, axes: Reduced) -> Tensor:
     """`max |weight|` over `axes`, which are kept with length 1.
 
     The bits of non-negative floats order as integers do, and integer maxima run at several times
@@ -50,7 +64,9 @@ def largest_magnitude(weight: Tensor, axes: Axes) -> Tensor:
     return ops.view(ops.max(bits, axis=axes, keepdims=True), dtype="float32")
 
 
-def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold: float) -> Tensor:
+def symmetric_threshold(
+    weight: Tensor, axes: Reduced, num_bits: int, min_threshold: float
+) -> Tensor:
     """Threshold whose narrow signed grid ends exactly at the largest magnitude.
 
     `t = s * 2**(b-1)` with `s = max(|w|, min_threshold) * float32(1 / (2**(b-1) - 1))`, at least
@@ -65,14 +81,14 @@ def symmetric_threshold(weight: Tensor, axes: Axes, num_bits: int, min_threshold
     return step * np.float32(2.0 ** (num_bits - 1))
 
 
-def one_for_zeros(threshold: np.ndarray, weight: Tensor, axes: Axes) -> np.ndarray:
+def one_for_zeros(threshold: np.ndarray, weight: Tensor, axes: Reduced) -> np.ndarray:
     """Thresholds, with 1 for each channel of zeros: any threshold rounds these alike."""
     zeros = to_numpy(largest_magnitude(weight, axes)) < np.float32(SMALLEST_SCALE)
     return np.where(zeros, np.float32(1), threshold)
 
 
 def power_of_two_threshold(
-    weight: Tensor, axes: Axes, num_bits: int, min_threshold: float
+    weight: Tensor, axes: Reduced, num_bits: int, min_threshold: float
 ) -> Tensor:
     """The smallest power of two that is not below `symmetric_threshold`.
 
@@ -87,18 +103,15 @@ def next_power_of_two(wanted: Tensor, xp: Any) -> Tensor:
     return xp.min(xp.where(enough, _POWERS_OF_TWO, np.float32(np.inf)), axis=-1)
 
 
-def uniform_range(
-    weight: Tensor, axes: Axes, num_bits: int, min_threshold: float
-) -> tuple[Tensor, Tensor]:
+def uniform_range(weight: Tensor, axes: Reduced, num_bits: int, min_threshold: float) -> Range:
     """Smallest and largest value over `axes`, widened to hold zero and enough for a uniform grid.
 
     The width is at least `min_threshold`, and 2**b steps of 2**-125.
     """
-    low = ops.minimum(ops.min(weight, axis=axes, keepdims=True), np.float32(0))
-    high = ops.maximum(ops.max(weight, axis=axes, keepdims=True), np.float32(0))
-    low, high = normal(low, ops), normal(high, ops)
-    least = max(min_threshold, 2.0 ** (num_bits - 125))
-    return low, normal(widened_end(low, high, least, ops), ops)
+    least, most = (find(weight, axis=axes, keepdims=True) for find in (ops.min, ops.max))
+    low, high = (normal(end, ops) for end in Range.of(least, most, ops))
+    width = max(min_threshold, 2.0 ** (num_bits - 125))
+    return Range(low, normal(widened_end(low, high, width, ops), ops))
 
 
 def widened_end(low: Tensor, high: Tensor, width: float, xp: Any) -> Tensor:
@@ -152,25 +165,50 @@ def stored_end(low: Tensor, high: Tensor, num_bits: int, min_threshold: float, x
 
 
 def covering_threshold(
-    low: Tensor, high: Tensor, num_bits: int, min_threshold: float, xp: Any
+    ends: Range, num_bits: int, grid: str, min_threshold: float, xp: Any
 ) -> tuple[Tensor, Tensor]:
-    """Threshold of a symmetric grid that clips nothing from `low <= 0` to `high >= 0`.
+    """Threshold of a grid, "symmetric" or "power_of_two", that clips nothing in a range.
 
     Signed where `low < 0`: `t = max(-low, high * float32(1 / (2**(b-1) - 1)) * 2**(b-1))`, else
-    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`.
+    unsigned: `t = high * float32(1 / (2**b - 1)) * 2**b`; at least `min_threshold`, and rounded up
+    to a power of two if it has to be one.
 
     Returns:
         The threshold, and whether the grid is signed.
     """
+    low, high = ends
     signed = low < np.float32(-least_range(num_bits))
     above = _top_threshold(high, num_bits)
     both = xp.maximum(-low, _top_threshold(high, num_bits - 1))
     threshold = xp.where(signed, both, above)
     if min_threshold:
         threshold = xp.maximum(threshold, np.float32(min_threshold))
+    if grid == "power_of_two":
+        threshold = next_power_of_two(threshold, xp)
     return threshold, signed
 
 
 def _top_threshold(high: Tensor, num_bits: int) -> Tensor:
     """Threshold of the grid whose highest code, `2**num_bits - 1`, is worth `high`."""
     return high * np.float32(1 / (2**num_bits - 1)) * np.float32(2.0**num_bits)
+
+
+def grid_of_range(
+    ends: Range, num_bits: int, grid: str, min_threshold: float, xp: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, and lowest and highest number of steps, of the grid that follows from a range.
+
+    A range for each of several grids gives arrays. `grid` is "uniform" (with a zero point),
+    "symmetric" or "power_of_two" (of a threshold; signed where the range is).
+    """
+    if grid == "uniform":
+        scale, zero_point = uniform_scale_and_zero_point(*ends, num_bits, xp)
+        return scale, -zero_point, 2**num_bits - 1 - zero_point
+    threshold, signed = covering_threshold(ends, num_bits, grid, min_threshold, xp)
+    step = symmetric_scale(threshold, num_bits, signed=False)
+    both, above = IntegerGrid(num_bits, signed=True), IntegerGrid(num_bits, signed=False)
+    return (
+        xp.where(signed, np.float32(2) * step, step),
+        xp.where(signed, np.float32(both.lowest), np.float32(above.lowest)),
+        xp.where(signed, np.float32(both.highest), np.float32(above.highest)),
+    )

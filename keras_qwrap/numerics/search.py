@@ -10,7 +10,8 @@ import numpy as np
 from keras_qwrap.numerics import ranges
 from keras_qwrap.numerics.channels import make_channels
 from keras_qwrap.numerics.checks import bad_value, nearest
-from keras_qwrap.numerics.grids import IntegerGrid, float_array
+from keras_qwrap.numerics.grids import float_array
+from keras_qwrap.numerics.ranges import Range, grid_of_range
 from keras_qwrap.numerics.rounding import SMALLEST_SCALE, to_steps
 
 GRIDS = ("symmetric", "power_of_two", "uniform")
@@ -29,8 +30,6 @@ _BLURRED = 17
 _WEIGHT_COARSE = np.exp2(-np.r_[0:0.25:16j, 0.3:1:12j, 1.1:4:18j])
 _WEIGHT_FINE = np.exp2(np.arange(-1, 1.1, 1 / 4) / 6)
 _BLOCK = 2**17
-
-Range = tuple[float, float]
 
 
 def find_range(
@@ -75,15 +74,16 @@ def find_range(
         raise bad_value(
             "samples, low, high", (low, high), "finite numbers, low <= high", "Remove NaN first."
         )
-    widest = (min(float(ends[0]), 0.0), max(float(ends[1]), 0.0))
+    widest = Range(*(float(end) for end in Range.of(ends[0], ends[1], np)))
     if not needs_samples(method) or samples.size == 0 or widest == (0.0, 0.0):
         return widest
     # Powers of two scale exactly, and keep the squares of huge and tiny numbers in float32.
     unit = 2.0 ** np.frexp(max(-widest[0], widest[1]))[1]
-    x = np.clip(samples / unit, widest[0] / unit, widest[1] / unit).astype(np.float32)
-    scaled = (widest[0] / unit, widest[1] / unit)
+    scaled = Range(widest.low / unit, widest.high / unit)
+    x = np.clip(samples / unit, *scaled).astype(np.float32)
     found = _FINDERS[method](x, weight, scaled, num_bits, grid)
-    return float(max(found[0] * unit, widest[0])), float(min(found[1] * unit, widest[1]))
+    low, high = max(found.low * unit, widest.low), min(found.high * unit, widest.high)
+    return Range(float(low), float(high))
 
 
 def needs_samples(method: str) -> bool:
@@ -117,25 +117,13 @@ def _percentile(
     ranks = np.stack([last - weight[order] + 1, last], axis=1)
     wanted = np.array([100 - _PERCENT, _PERCENT]) / 100 * last[-1]
     low, high = np.interp(wanted, ranks.ravel(), np.repeat(x[order].astype(np.float64), 2))
-    return min(float(low), 0.0), max(float(high), 0.0)
+    return Range(*(float(end) for end in Range.of(low, high, np)))
 
 
-def grids(
-    low: Any, high: Any, num_bits: int, grid: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Step, lowest and highest whole step of the grids that quantizers derive from ranges."""
-    low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
-    if grid == "uniform":
-        step, zero_point = ranges.uniform_scale_and_zero_point(low, high, num_bits, np)
-        return step, -zero_point, np.float32(2**num_bits - 1) - zero_point
-    threshold, signed = ranges.covering_threshold(low, high, num_bits, 0.0, np)
-    if grid == "power_of_two":
-        threshold = ranges.next_power_of_two(threshold, np)
-    step = ranges.symmetric_scale(threshold, num_bits, False)
-    step = np.where(signed, np.float32(2) * step, step)
-    both, above = IntegerGrid(num_bits, True), IntegerGrid(num_bits, False)
-    lowest = np.where(signed, np.float32(both.lowest), np.float32(above.lowest))
-    return step, lowest, np.where(signed, np.float32(both.highest), np.float32(above.highest))
+def _grids(low: Any, high: Any, num_bits: int, grid: str) -> tuple[np.ndarray, ...]:
+    """Step, lowest and highest number of steps of the grids that quantizers derive from ranges."""
+    ends = Range(np.asarray(low, np.float32), np.asarray(high, np.float32))
+    return grid_of_range(ends, num_bits, grid, 0.0, np)
 
 
 def _errors(
@@ -146,7 +134,7 @@ def _errors(
     grid: str,
 ) -> np.ndarray:
     """Weighted sum of squared errors of `x` for each candidate range."""
-    step, lowest, highest = (a[:, None] for a in grids(*candidates, num_bits, grid))
+    step, lowest, highest = (a[:, None] for a in _grids(*candidates, num_bits, grid))
     y = to_steps(x, step, np)
     np.clip(y, lowest, highest, out=y)
     y *= step
@@ -198,11 +186,11 @@ def _least_error(
         lows, highs = np.broadcast_arrays(np.maximum(lows, widest[0]), np.minimum(highs, widest[1]))
         errors = _errors(part, share, (lows, highs), num_bits, grid)
         which = int(np.argmin(_mean_around(errors, smoothed)))
-        return float(lows[which]), float(highs[which])
+        return Range(float(lows[which]), float(highs[which]))
 
     low, high = best(*_clipped(widest, _COARSE, grid, num_bits))
     if grid == "symmetric":
-        low, high = best(*_clipped((low, high), _FINE, grid, num_bits, widest), _SMOOTHED)
+        low, high = best(*_clipped(Range(low, high), _FINE, grid, num_bits, widest), _SMOOTHED)
     elif grid == "uniform":
         low, high = best(low, np.unique(high * _WIDE))
         low, high = best(np.unique(low * _WIDE), high)
@@ -212,13 +200,13 @@ def _least_error(
         low, high = best(low, np.unique(high * _FINE), _SMOOTHED)
         low, high = best(np.unique(low * _FINE), high, _SMOOTHED)
     given = _error(x, weight, widest, num_bits, grid)
-    found = _error(x, weight, (low, high), num_bits, grid)
-    return (low, high) if found < given else widest
+    found = _error(x, weight, Range(low, high), num_bits, grid)
+    return Range(low, high) if found < given else widest
 
 
 def _error(x: np.ndarray, weight: np.ndarray, ends: Range, num_bits: int, grid: str) -> float:
     """Weighted sum of squared errors of numbers on the grid of a range, in float64."""
-    step, lowest, highest = grids(*ends, num_bits, grid)
+    step, lowest, highest = _grids(*ends, num_bits, grid)
     y = np.clip(to_steps(x, step, np), lowest, highest) * step
     return float(np.square(y.astype(np.float64) - x) @ weight)
 
@@ -238,7 +226,7 @@ def _clipped(
     if grid == "uniform":
         top = max(-ends[0], ends[1]) * factors
         return np.maximum(low, -top), np.minimum(high, top)
-    step, lowest, highest = (float(a) for a in grids(*ends, num_bits, grid))
+    step, lowest, highest = (float(a) for a in _grids(*ends, num_bits, grid))
     steps = step * factors
     if grid == "power_of_two":
         steps = step * np.exp2(-np.arange(8.0))
@@ -258,7 +246,7 @@ def _least_divergence(
     # A window of fewer bins than the grid has steps could tell nothing.
     factors = np.arange(_BINS, 0, -16) / _BINS
     lows, highs = _clipped(widest, factors, grid, num_bits)
-    steps = grids(lows, highs, num_bits, grid)[0]
+    steps = _grids(lows, highs, num_bits, grid)[0]
     enough = (highs - lows) / width >= 2**num_bits
     enough[0] = True
     divergences = [
@@ -267,7 +255,7 @@ def _least_divergence(
     ]
     smoothed = 1 if grid == "power_of_two" else _SMOOTHED
     which = int(np.argmin(_mean_around(divergences, smoothed)))
-    return float(lows[enough][which]), float(highs[enough][which])
+    return Range(float(lows[enough][which]), float(highs[enough][which]))
 
 
 def _divergence(

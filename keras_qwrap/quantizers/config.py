@@ -126,6 +126,11 @@ class _Config:
         return getattr(self, f"{self.kind}_quantization_method")
 
     @property
+    def grid(self) -> str:
+        """The method's name as `numerics` has it."""
+        return self.quantization_method.name.lower()
+
+    @property
     def num_bits(self) -> int:
         return getattr(self, f"{self.kind}_n_bits")
 

@@ -10,7 +10,7 @@ from keras import ops
 from keras_qwrap.numerics import ranges
 from keras_qwrap.numerics.channels import check_bool
 from keras_qwrap.numerics.checks import bad_type, bad_value
-from keras_qwrap.numerics.grids import IntegerGrid, float_array
+from keras_qwrap.numerics.grids import float_array
 from keras_qwrap.numerics.rounding import fake_quantize_where, normal
 from keras_qwrap.numerics.search import RANGE_METHODS, check_range_method
 from keras_qwrap.numerics.tensors import Tensor, as_tensor, float32_input, read, to_numpy
@@ -108,7 +108,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         self.range_method = check_range_method(range_method)
         self.pass_whole_numbers = check_bool("pass_whole_numbers", pass_whole_numbers)
         params = self._check_params(_RANGE_KEYS)
-        self._first_range = np.float32(0), np.float32(0)
+        self._first_range = ranges.Range(np.float32(0), np.float32(0))
         if params:
             low, high = (params[key] for key in _RANGE_KEYS)
             check_range(low, high)
@@ -169,7 +169,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         lowest, highest = ranges.extremes(ops.stop_gradient(x))
         usable = ops.logical_and(ops.abs(lowest) <= _LARGEST, ops.abs(highest) <= _LARGEST)
         usable = ops.logical_and(usable, ops.size(x) > 0)
-        batch = ops.minimum(lowest, np.float32(0)), ops.maximum(highest, np.float32(0))
+        batch = ranges.Range.of(lowest, highest, ops)
         old = self._read("min_range"), self._read("max_range")
         bits = self.quantization_config.num_bits
         began = ranges.has_range(old[0], old[1], bits, ops)
@@ -187,26 +187,11 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
 
     def _derive(self) -> tuple[Tensor, ...]:
         """Scale, and lowest and highest code minus the zero point, as float32 tensors."""
-        config = self.quantization_config
-        bits = config.num_bits
-        low, high = self._range(self._read, ops)
-        if config.quantization_method is QuantizationMethod.UNIFORM:
-            scale, zero_point = ranges.uniform_scale_and_zero_point(low, high, bits, ops)
-            lowest, highest = -zero_point, 2**bits - 1 - zero_point
-        else:
-            threshold, signed = self._threshold(low, high, ops)
-            grids = IntegerGrid(bits, signed=True), IntegerGrid(bits, signed=False)
-            scale, lowest, highest = (
-                ops.where(signed, *(as_tensor(value, "float32") for value in pair))
-                for pair in (
-                    [ranges.symmetric_scale(threshold, bits, grid.signed) for grid in grids],
-                    [grid.lowest for grid in grids],
-                    [grid.highest for grid in grids],
-                )
-            )
-        return scale, lowest, highest
+        config, ends = self.quantization_config, self._range(self._read, ops)
+        grid = ranges.grid_of_range(ends, config.num_bits, config.grid, config.min_threshold, ops)
+        return tuple(as_tensor(part, "float32") for part in grid)
 
-    def _range(self, read: Callable[[str], Any], xp: Any) -> tuple[Any, Any]:
+    def _range(self, read: Callable[[str], Any], xp: Any) -> ranges.Range:
         """The range in use, if there is any; of variables that `read` reads by their names."""
         config = self.quantization_config
         floor = config.min_threshold
@@ -214,17 +199,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
         high = ranges.stored_end(low, high, config.num_bits, floor, xp)
         if floor and config.quantization_method is QuantizationMethod.UNIFORM:
             high = ranges.widened_end(low, high, floor, xp)
-        return low, high
-
-    def _threshold(self, low: Tensor, high: Tensor, xp: Any) -> tuple[Tensor, Tensor]:
-        """Threshold, and whether the grid is signed."""
-        config = self.quantization_config
-        threshold, signed = ranges.covering_threshold(
-            low, high, config.num_bits, config.min_threshold, xp
-        )
-        if config.quantization_method is QuantizationMethod.POWER_OF_TWO:
-            threshold = ranges.next_power_of_two(threshold, xp)
-        return threshold, signed
+        return ranges.Range(low, high)
 
     @property
     def range(self) -> tuple[float, float] | None:
@@ -292,11 +267,13 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
             )
         config = self.quantization_config
         bits = config.num_bits
-        low, high = self._present_range()
+        ends = self._present_range()
         cls = inferable_class(self.quantization_target, config.quantization_method)
         if config.quantization_method is QuantizationMethod.UNIFORM:
-            return cls(bits, low.item(), high.item())
-        threshold, signed = self._threshold(low, high, np)
+            return cls(bits, *(end.item() for end in ends))
+        threshold, signed = ranges.covering_threshold(
+            ends, bits, config.grid, config.min_threshold, np
+        )
         return cls(bits, threshold.item(), bool(signed))
 
     def get_config(self) -> dict:
@@ -309,7 +286,7 @@ class MovingAverageActivationQATQuantizer(BaseKerasTrainableQuantizer):
     def _read(self, role: str) -> Tensor:
         return read(self.quantizer_parameters[role])
 
-    def _present_range(self) -> tuple[np.ndarray, np.ndarray]:
+    def _present_range(self) -> ranges.Range:
         """The range in use, in numpy."""
         return self._range(lambda role: normal(self._array(role), np), np)
 
@@ -326,7 +303,7 @@ def _check_momentum(momentum: Any) -> float:
     return float(momentum)
 
 
-def _check_ends(name: str, low: Any, high: Any) -> tuple[Any, Any]:
+def _check_ends(name: str, low: Any, high: Any) -> ranges.Range:
     """A range as two float32 numbers, widened to hold zero."""
     ends = []
     for role, end in (("low", low), ("high", high)):
@@ -336,9 +313,8 @@ def _check_ends(name: str, low: Any, high: Any) -> tuple[Any, Any]:
         ends.append(array.reshape(()))
     if ends[0] > ends[1]:
         raise bad_value(f"{name}: low", low, f"a number up to high, {high}", "Swap the two.")
-    least = np.minimum(ends[0], np.float32(0))
-    most = np.maximum(ends[1], np.float32(0))
-    if max(most, -least) > _LARGEST:
+    widened = ranges.Range.of(ends[0], ends[1], np)
+    if max(widened.high, -widened.low) > _LARGEST:
         fix = "Narrow the range; float32 cannot hold its grid."
         raise bad_value(name, (low, high), "a range inside +-2**125", fix)
-    return least, most
+    return widened

@@ -41,7 +41,7 @@ def check_power_of_two(name: str, threshold: np.ndarray) -> None:
         )
 
 
-def check_range(min_range: Any, max_range: Any) -> tuple[np.ndarray, np.ndarray]:
+def check_range(min_range: Any, max_range: Any) -> ranges.Range:
     """A uniform range as two float32 arrays, widened to hold zero."""
     low, high = float_array("min_range", min_range), float_array("max_range", max_range)
     if low.shape != high.shape:
@@ -52,7 +52,7 @@ def check_range(min_range: Any, max_range: Any) -> tuple[np.ndarray, np.ndarray]
         raise bad_value(
             "min_range", min_range, f"numbers below max_range, {max_range}", "Swap or widen them."
         )
-    return np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
+    return ranges.Range.of(low, high, np)
 
 
 class RangeQuantizer(BaseKerasInferableQuantizer):
@@ -154,8 +154,7 @@ class IntegerQuantizer(RangeQuantizer):
 
     def dequantize_tensor(self, codes: Tensor) -> Tensor:
         scale, zero_point = self._derive(ops, self._tensor)
-        steps = ops.cast(codes, "float32")
-        return (steps if isinstance(zero_point, int) else steps - zero_point) * scale
+        return (ops.cast(codes, "float32") - zero_point) * scale
 
 
 class SymmetricQuantizer(IntegerQuantizer):
