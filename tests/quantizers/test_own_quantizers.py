@@ -30,7 +30,8 @@ class PeakQuantizer(qi.BaseKerasTrainableQuantizer):
         peak = self.quantizer_parameters["peak"]
         if training:
             larger = ops.maximum(peak, ops.max(ops.abs(inputs)))
-            peak.assign(ops.where(self.quantizer_parameters["frozen"], peak, larger))
+            frozen = ops.convert_to_tensor(self.quantizer_parameters["frozen"])
+            peak.assign(ops.where(frozen, ops.convert_to_tensor(peak), larger))
         return qi.fake_quantize(inputs, ops.maximum(peak, 1e-6) / 128, -128, 127)
 
     @property
