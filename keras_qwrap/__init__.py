@@ -58,8 +58,7 @@ from keras_qwrap.quantizers.ste import (
 )
 from keras_qwrap.recipes.quantize import quantize_model
 from keras_qwrap.recipes.recipe import Recipe
-from keras_qwrap.recipes.rules import Rule
-from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.rules import ActivationSpec, Rule, WeightsSpec
 from keras_qwrap.reports.inspection import inspect_file
 from keras_qwrap.reports.report import quantization_report
 

@@ -46,8 +46,7 @@ from keras_qwrap.recipes.places import (
     units_in,
 )
 from keras_qwrap.recipes.recipe import Decision, Recipe
-from keras_qwrap.recipes.rules import FLOAT, Place, Rule
-from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.rules import FLOAT, ActivationSpec, Place, Rule, WeightsSpec
 
 _NOT_GIVEN = "no quantizer was given for it"
 

@@ -35,7 +35,7 @@ from keras_qwrap.recipes.places import (
 )
 from keras_qwrap.recipes.plan import Plan, PlannedOutputs, PlannedWeight, plan
 from keras_qwrap.recipes.recipe import Recipe, as_recipe
-from keras_qwrap.recipes.specs import (
+from keras_qwrap.recipes.rules import (
     ActivationSpec,
     WeightsSpec,
     activation_quantizer,

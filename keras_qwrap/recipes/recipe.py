@@ -13,14 +13,16 @@ from keras_qwrap.numerics.checks import bad_type, bad_value, nearest, warn
 from keras_qwrap.recipes.rules import (
     FLOAT,
     SPECS,
+    ActivationSpec,
+    Declared,
     Place,
     Rule,
+    WeightsSpec,
     check_spec,
     place_of,
     with_specs,
     without_specs,
 )
-from keras_qwrap.recipes.specs import ActivationSpec, Declared, WeightsSpec
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,6 @@ class Decision:
         reason: why something stays in float; "" where nothing does.
         rule: the rule that decided; None where none did.
 
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.recipes.recipe import as_recipe
-
-    (decision,) = as_recipe("w8").plan([keras.layers.Dense(2)])
-    print(decision.reason)  # recipe 'w8': activations stay in float
-    ```
     """
 
     weights: WeightsSpec | None
@@ -107,7 +100,7 @@ class Recipe(Declared):
     Example:
 
     ```python
-    from keras_qwrap.recipes.recipe import Recipe, Rule
+    from keras_qwrap import Recipe, Rule
 
     recipe = Recipe.from_preset("w4a8", rules=[Rule.leave_in_float(position=0)])
     print(recipe.rules)  # (Rule(position=0, weights='float', activations='float'),)
@@ -249,16 +242,7 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def as_recipe(recipe: "str | dict | Recipe") -> Recipe:
-    """A preset, a dictionary as `Recipe.get_config` returns it, or a recipe, as a recipe.
-
-    Example:
-
-    ```python
-    from keras_qwrap.recipes.recipe import as_recipe
-
-    print(as_recipe({"weights": {"num_bits": 4}}).preset)  # w4a8
-    ```
-    """
+    """A preset, a dictionary as `Recipe.get_config` returns it, or a recipe, as a recipe."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str):

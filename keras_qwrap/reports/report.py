@@ -50,11 +50,10 @@ class QuantizationReport:
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.reports.report import quantization_report
 
     quantizer = qi.WeightsSymmetricInferableQuantizer(4, threshold=2.0, per_channel=False)
     dense = qi.KerasQuantizationWrapper(keras.layers.Dense(8), {"kernel": quantizer})
-    report = quantization_report(keras.Sequential([keras.Input((16,)), dense]))
+    report = qi.quantization_report(keras.Sequential([keras.Input((16,)), dense]))
     print(report.totals.bytes_before, report.totals.bytes_after)  # 544 100
     print(report.to_dict()["layers"][1]["weights"][0]["range"])  # [2.0, 2.0]
     ```
@@ -177,14 +176,13 @@ def quantization_report(
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.reports.report import quantization_report
 
     config = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC, 4)
     conv = qi.KerasQuantizationWrapper(
         keras.layers.Conv2D(8, 3, name="conv"), {"kernel": qi.STEWeightQATQuantizer(config)}
     )
     model = keras.Sequential([keras.Input((8, 8, 3)), conv])
-    report = quantization_report(model)
+    report = qi.quantization_report(model)
     row = next(row for row in report.layers if row.path == "conv")
     print(row.weights[0].granularity, row.weights[0].codes_total)  # per channel 15
     print(row.left_in_float[0].path)  # bias

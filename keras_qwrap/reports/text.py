@@ -31,17 +31,6 @@ def text_table(
         stacks: the columns that are put into one, one above the other, if there is not enough
             room for all beside each other. Where that is too wide as well, cells are broken.
         width: of the lines; by default the terminal's.
-
-    Example:
-
-    ```python
-    from keras_qwrap.reports.text import text_table
-
-    rows = [("layer", "class", "bits"), ("head", "Dense", "8")]
-    print(text_table(rows, [(0, 1), (2,)], width=20))  # ['layer  class  bits', 'head   Dense  8']
-    print(text_table(rows, [(0, 1), (2,)], width=12))
-    # ['layer  bits', 'class', 'head   8', 'Dense']
-    ```
     """
     width = terminal_width() if width is None else width
     if sum(_widths(rows)) + _GAP * (len(rows[0]) - 1) > width:

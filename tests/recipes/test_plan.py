@@ -7,8 +7,7 @@ from reference import refused
 
 import keras_qwrap as qi
 from keras_qwrap.recipes.recipe import Decision, Recipe
-from keras_qwrap.recipes.rules import Rule
-from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.rules import ActivationSpec, Rule, WeightsSpec
 from keras_qwrap.reports.report import QuantizationReport
 
 W4 = WeightsSpec(4)

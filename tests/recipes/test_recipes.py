@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from reference import refused
 
 from keras_qwrap.recipes.recipe import Recipe, as_recipe
-from keras_qwrap.recipes.rules import Rule
-from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.rules import ActivationSpec, Rule, WeightsSpec
 
 W4 = WeightsSpec(4)
 A4 = ActivationSpec(4)

@@ -8,8 +8,7 @@ import pytest
 from reference import refused
 
 from keras_qwrap.recipes.recipe import Recipe
-from keras_qwrap.recipes.rules import Place, Rule
-from keras_qwrap.recipes.specs import ActivationSpec, WeightsSpec
+from keras_qwrap.recipes.rules import ActivationSpec, Place, Rule, WeightsSpec
 
 
 def small(layer: keras.Layer) -> bool:

@@ -7,7 +7,7 @@ from reference import refused, same, to_numpy
 
 import keras_qwrap as qi
 from keras_qwrap.quantizers.moving_average import MovingAverageActivationQATQuantizer
-from keras_qwrap.recipes.specs import (
+from keras_qwrap.recipes.rules import (
     ActivationSpec,
     WeightsSpec,
     activation_quantizer,
