@@ -107,6 +107,14 @@ def test_docstring_example(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [], "the example left files behind"
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_docstring_example_imports_public_names_only(name):
+    for node in ast.walk(ast.parse(EXAMPLES[name])):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("keras_qwrap"):
+            public = node.module == "keras_qwrap.testing" or node.module == "keras_qwrap"
+            assert public, f"line {node.lineno} of the example"
+
+
 def test_examples_were_found():
     assert len(EXAMPLES) >= FEWEST_EXAMPLES
 

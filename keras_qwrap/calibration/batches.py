@@ -46,18 +46,6 @@ def batches(
             kind, or without end, or yields no whole batch; a batch has another number of inputs or
             shape than the model (a `QuantizedModel` takes all sizes that it can be called with),
             values that are no numbers where the model takes numbers, NaN or infinity.
-
-    Example:
-
-    ```python
-    import keras
-    import numpy as np
-    from keras_qwrap.calibration.batches import batches
-
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    found = batches(model, np.zeros((5, 3)), batch_size=2)
-    print([batch.shape for batch in found])  # [(2, 3), (2, 3), (1, 3)]
-    ```
     """
     _check_counts(batch_size, steps)
     _check_call(model)

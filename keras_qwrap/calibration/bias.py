@@ -59,21 +59,6 @@ def correct_biases(
     Raises:
         TypeError: `float_model` is neither Functional nor Sequential.
         ValueError: it is not built, the data does not fit it, or nothing can be corrected.
-
-    Example:
-
-    ```python
-    import keras
-    import numpy as np
-    import keras_qwrap as qi
-    from keras_qwrap.calibration.bias import correct_biases
-
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="dense")])
-    model.set_weights([np.array([[0.7], [-0.2]]), np.zeros(1)])
-    quantized = qi.quantize_model(model, "w2")
-    correct_biases(quantized, model, np.array([[1.0, 3.0], [1.0, 1.0]]))
-    print(quantized.get_layer("dense").layer.bias.numpy())  # [-0.4]
-    ```
     """
     check_graph(float_model)
     reference = Copier().copy_model(float_model)

@@ -29,22 +29,6 @@ def made_again(operation: Any) -> Any:
 
     Raises:
         ValueError: it cannot be made again; the message names what its class lacks.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.layers.remaking import made_again
-
-    class Net(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = keras.layers.Dense(3)
-
-    net = Net()
-    net.name = "mine"
-    print(made_again(net).name)  # mine
-    ```
     """
     classes = classes_of_user(operation)
     try:

@@ -100,14 +100,13 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.models.convert import unwrap_model
 
     config = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC, 8)
     dense = qi.KerasQuantizationWrapper(
         keras.layers.Dense(2, name="dense"), {"kernel": qi.STEWeightQATQuantizer(config)}
     )
     model = keras.Sequential([keras.Input((3,)), dense])
-    plain = unwrap_model(model)
+    plain = qi.unwrap_model(model)
     print(type(plain.get_layer("dense")).__name__)  # Dense
     kernel = keras.ops.convert_to_numpy(plain.layers[0].kernel)
     print((kernel == dense.get_quantized_weights()["kernel"]).all())  # True

@@ -69,20 +69,6 @@ class Copier:
     Each layer is made once, so that shared ones stay shared. Names are kept, compile settings are
     carried over, and the given model is left as it is. A subclass overrides `new_layer`, and
     `call` where it has to change the graph between layers.
-
-    Example:
-
-    ```python
-    import keras
-    from keras_qwrap.models.copying import Copier
-
-    class Renamer(Copier):
-        def new_layer(self, layer):
-            return type(layer).from_config(layer.get_config() | {"name": f"new_{layer.name}"})
-
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="dense")])
-    print(Renamer().copy_model(model).layers[0].name)  # new_dense
-    ```
     """
 
     def __init__(self) -> None:

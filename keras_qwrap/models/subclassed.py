@@ -76,7 +76,6 @@ class QuantizedModel(keras.Model):
     ```python
     import keras
     import keras_qwrap as qi
-    from keras_qwrap.models.subclassed import QuantizedModel
 
     class Net(keras.Model):
         def __init__(self, **kwargs):
@@ -90,7 +89,7 @@ class QuantizedModel(keras.Model):
     model(keras.ops.zeros((1, 5)))
     config = qi.TrainableQuantizerWeightsConfig(qi.QuantizationMethod.SYMMETRIC, 8)
     output = qi.ActivationSymmetricInferableQuantizer(8, threshold=4.0, signed=True)
-    quantized = QuantizedModel(
+    quantized = qi.QuantizedModel(
         model, {"dense/kernel": qi.STEWeightQATQuantizer(config)}, {"dense": output}
     )
     print(quantized.get_codes()["dense/kernel"][0].shape)  # (5, 3)
