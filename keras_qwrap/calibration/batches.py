@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_qwrap.models.subclassed import QuantizedModel
-from keras_qwrap.numerics.checks import bad_type, bad_value, warn
+from keras_qwrap.numerics.checks import Told, bad_type, bad_value, warn
 
 _KINDS = "an array or several, a dataset, a generator or another iterable of batches"
 
@@ -99,7 +99,7 @@ def _check_call(model: keras.Model) -> None:
     if len(needed) > 1:
         raise bad_value(
             "model",
-            f"'{model.name}', whose call needs {needed}",
+            Told(f"'{model.name}', whose call needs {needed}"),
             "a model whose call needs one argument",
             "Let that be a list or a dictionary, and give others, such as `training`, a default; "
             "or train the model, which finds ranges as well.",
@@ -161,7 +161,7 @@ def _without_targets(batch: Any, expected: Any) -> Any:
     if not 1 <= len(batch) <= 3:
         raise bad_value(
             "data",
-            f"{len(batch)} parts",
+            Told(f"{len(batch)} parts"),
             "x, (x, y) or (x, y, sample_weight), where x holds all inputs",
             "Put several inputs into one list or dictionary.",
         )
@@ -170,6 +170,9 @@ def _without_targets(batch: Any, expected: Any) -> Any:
 
 def _whole_inputs(data: Any, expected: Any) -> Any:
     """The inputs where `data` holds whole arrays; None where it is an iterable of batches."""
+    if _holds_plain_numbers(data):
+        what = Told("Python numbers in lists")
+        raise bad_type("data", what, _KINDS, "Make NumPy arrays of them: numpy.array(x).")
     if _is_array(data) or isinstance(data, Mapping):
         return data
     if isinstance(data, tuple):
@@ -193,6 +196,13 @@ def _raw_batches(data: Any, expected: Any, batch_size: int) -> Iterator[Any]:
     return map(partial(_without_targets, expected=expected), data)
 
 
+def _holds_plain_numbers(data: Any) -> bool:
+    """Whether this is what `tolist` of an array gives, or a list of such."""
+    while isinstance(data, (list, tuple)) and data:
+        data = data[0]
+    return isinstance(data, (bool, int, float))
+
+
 def _is_endless(data: Any) -> bool:
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches in (None, float("inf"))
@@ -209,7 +219,7 @@ def _rows(whole: Any) -> int:
     if len(lengths) != 1 or None in lengths:
         raise bad_value(
             "data",
-            f"inputs of shapes {shapes}",
+            Told(f"inputs of shapes {shapes}"),
             "arrays with the same number of rows",
             "Stack the examples along the first axis.",
         )
@@ -239,7 +249,7 @@ def _checked(raw: Iterator[Any], check: "_Check") -> Iterator[Any]:
         warn(f"A last batch that is too small is left out. {check.short}")
     if check.index == 0:
         raise bad_value(
-            "data", "no batch", "at least one", "A generator gives its batches only once."
+            "data", Told("no batch"), "at least one", "A generator gives its batches only once."
         )
 
 
@@ -290,7 +300,7 @@ class _Check:
                 fix = "Batch the data, and give it the shape that the model was built for."
                 error = bad_value(
                     where,
-                    f"shape {shape} for input '{tensor.name}'",
+                    Told(f"shape {shape} for input '{tensor.name}'"),
                     f"shape {tuple(tensor.shape)}",
                     "The model takes whole batches alone: give as many rows." if short else fix,
                 )
@@ -301,7 +311,10 @@ class _Check:
         ranks = [array.ndim for array in flat]
         if self._ranks not in (None, ranks):
             raise bad_value(
-                where, f"inputs of ranks {ranks}", f"{self._ranks} as before", "Match the batches."
+                where,
+                Told(f"inputs of ranks {ranks}"),
+                f"{self._ranks} as before",
+                "Match the batches.",
             )
         self._ranks = ranks
         self.index += 1
@@ -334,16 +347,18 @@ def _matched(inputs: Any, expected: Any, where: str) -> Any:
         tensors = keras.tree.flatten(expected)
         keys = list(expected) if isinstance(expected, Mapping) else [t.name for t in tensors]
         if not set(keys) <= set(inputs):
-            raise bad_value(where, f"inputs {list(inputs)}", f"inputs {keys}", fix)
+            raise bad_value(where, Told(f"inputs {list(inputs)}"), f"inputs {keys}", fix)
         if isinstance(expected, Mapping):
             return {key: _matched(inputs[key], expected[key], where) for key in keys}
         return keras.tree.map_structure(lambda tensor: inputs[tensor.name], expected)
     flat = [inputs] if _is_array(inputs) else keras.tree.flatten(inputs)
     number = len(keras.tree.flatten(expected))
     if len(flat) != number:
-        raise bad_value(where, f"{len(flat)} input(s)", f"{number} input(s)", fix)
+        raise bad_value(where, Told(f"{len(flat)} input(s)"), f"{number} input(s)", fix)
     if isinstance(expected, Mapping) and number > 1:
-        raise bad_value(where, "inputs without names", f"a dictionary of {list(expected)}", fix)
+        raise bad_value(
+            where, Told("inputs without names"), f"a dictionary of {list(expected)}", fix
+        )
     return keras.tree.pack_sequence_as(expected, flat)
 
 
@@ -364,10 +379,10 @@ def _array(value: Any, where: str, dtype: str) -> np.ndarray:
         expected, fix = "strings", "The model's input is of dtype string."
         fits = array.dtype.kind in "OSUT"
     if not fits:
-        raise bad_type(where, f"values of dtype {array.dtype.name}", expected, fix)
+        raise bad_type(where, Told(f"values of dtype {array.dtype.name}"), expected, fix)
     if array.ndim == 0 or array.size == 0:
         raise bad_value(
-            where, f"an array of shape {array.shape}", "a batch of examples", "Drop it."
+            where, Told(f"an array of shape {array.shape}"), "a batch of examples", "Drop it."
         )
     if is_float:
         with np.errstate(over="ignore"):
@@ -377,7 +392,7 @@ def _array(value: Any, where: str, dtype: str) -> np.ndarray:
             number = array.size - np.count_nonzero(finite)
             raise bad_value(
                 where,
-                f"{number} of {array.size} values that are NaN or infinite",
+                Told(f"{number} of {array.size} values that are NaN or infinite"),
                 "finite numbers",
                 "Remove or replace them (`numpy.nan_to_num`).",
             )

@@ -13,7 +13,7 @@ from keras_qwrap.calibration.batches import batches, number_of_batches
 from keras_qwrap.layers.keras_internals import State, layer_paths, state_kept
 from keras_qwrap.layers.owner import QuantizingLayer, observed, quantizers_in
 from keras_qwrap.models.copying import check_built
-from keras_qwrap.numerics.checks import bad_value, warn
+from keras_qwrap.numerics.checks import Told, bad_value, warn
 from keras_qwrap.numerics.ranges import Range
 from keras_qwrap.numerics.search import check_range_method, find_range, needs_samples
 from keras_qwrap.numerics.tensors import Tensor
@@ -426,7 +426,7 @@ class _Seen:
         if not np.all(np.abs(ends[:2]) <= _LARGEST):
             raise bad_value(
                 f"activation of '{self._name}'",
-                f"values from {ends[0]} to {ends[1]}",
+                Told(f"values from {ends[0]} to {ends[1]}"),
                 "finite numbers below 2**125",
                 "The model itself makes them from this data: look at the layers before.",
             )

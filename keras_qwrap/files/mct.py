@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -20,7 +21,7 @@ from keras_qwrap.layers.owner import FORMAT_VERSION, QuantizingLayer
 from keras_qwrap.layers.weights import find_weight, own_weights
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.models.convert import convert_to_inferable
-from keras_qwrap.numerics.checks import bad_value
+from keras_qwrap.numerics.checks import Told, bad_value
 from keras_qwrap.quantizers import inferable
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 from keras_qwrap.quantizers.config import PACKAGE
@@ -80,10 +81,11 @@ def migrate_mct_file(source: str | os.PathLike, destination: str | os.PathLike) 
         try:
             qi.migrate_mct_file(os.path.join(folder, "mct.keras"), "model.keras")
         except OSError as error:
-            print(str(error).partition("received")[0])  # path:
+            print(str(error).partition("received")[0])  # source:
     ```
     """
-    contents = checked_contents(source)
+    with _called("source"):
+        contents = checked_contents(source)
     try:
         model = _migrated(contents)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -92,7 +94,20 @@ def migrate_mct_file(source: str | os.PathLike, destination: str | os.PathLike) 
             f"failed with {type(error).__name__}: {str(error)[:400]}. The file is damaged, or was "
             "written by another version."
         ) from error
-    save_quantized_model(convert_to_inferable(model), destination)
+    with _called("destination"):
+        save_quantized_model(convert_to_inferable(model), destination)
+
+
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """Let errors about the argument `path` of what is called in here speak of `name`."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        if not str(error).startswith("path:"):
+            raise
+        kind = next(cls for cls in (OSError, TypeError, ValueError) if isinstance(error, cls))
+        raise kind(name + str(error).removeprefix("path")) from error
 
 
 def _migrated(contents: Contents) -> keras.Model:
@@ -145,10 +160,12 @@ def _check_parts(source: str, config: Any) -> None:
     """Refuse what cannot be migrated, and what is not MCT's."""
     layers = [node for node in _nodes(config) if "class_name" in node and "config" in node]
     names = {id(node): str(node["class_name"]).rpartition(">")[2] for node in layers}
-    if not any(name in (_WRAPPER, _HOLDER) for name in names.values()):
-        raise bad_value(
-            "source", source, "a model with MCT's wrappers or holders", "Keras loads other files."
-        )
+    own = any(_name_of(node).startswith(f"{PACKAGE}>") for node in layers)
+    if own or not any(name in (_WRAPPER, _HOLDER) for name in names.values()):
+        fix = "Keras loads other files."
+        if own:
+            fix = "It is one of this package already: load it by `keras_load_quantized_model`."
+        raise bad_value("source", source, "a model with MCT's wrappers or holders", fix)
     wrong = set()
     for node in layers:
         name, inside = names[id(node)], node["config"]
@@ -177,6 +194,10 @@ def _check_parts(source: str, config: Any) -> None:
             f"It cannot be migrated with {', '.join(sorted(wrong))} in it; build it anew on Keras "
             "3, and quantize it with `quantize_model`.",
         )
+
+
+def _name_of(node: dict) -> str:
+    return str(node.get("registered_name") or node["class_name"])
 
 
 def _is_layer(node: dict) -> bool:
@@ -402,7 +423,7 @@ def _paired(layer: keras.Layer, slots: Slots, arrays: list[np.ndarray]) -> Itera
     if shapes != found:
         raise bad_value(
             "source",
-            f"arrays of shapes {found} for layer '{layer.name}'",
+            Told(f"arrays of shapes {found} for layer '{layer.name}'"),
             f"shapes {shapes}",
             "The file is damaged, or this layer is another one in Keras 3.",
         )

@@ -1,6 +1,7 @@
 """Loading quantized models, and the classes that a saved file may name."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -182,12 +183,7 @@ def keras_load_quantized_model(
     except Exception as error:
         allowance.check()
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"path: received '{contents.path}', expected a model that Keras saved and can rebuild "
-            "here. The file is damaged, was written by another version, or names classes that must "
-            "be imported or passed as `custom_objects`; compile=False leaves out loss, metrics and "
-            f"optimizer. The reason was {_reason(error)}"
-        ) from error
+        raise kind(_why_not_loaded(contents, error)) from error
     finally:
         KEEP_CODES.reset(token)
 
@@ -310,7 +306,33 @@ def _itemsize(dtype: str) -> int:
     return max(1, int("".join(filter(str.isdecimal, dtype)) or 8) // 8)
 
 
-def _reason(error: BaseException) -> str:
+_UNKNOWN = re.compile(r"(?:Could not locate (?:class|function)|Unknown [a-z_ ]+:) '([^']+)'")
+"""How Keras says that it does not know a name."""
+
+
+def _why_not_loaded(contents: Contents, error: BaseException) -> str:
+    """What the file lacks, first of all; and what to do."""
     error = innermost(error)
     line = " ".join(str(error).split())
-    return f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"
+    without = "compile=False leaves out loss, metrics and optimizer."
+    unknown = _UNKNOWN.search(line)
+    if unknown:
+        known_as = unknown[1].rpartition(">")[2]
+        # Of a registered class the first words give the name alone, the config at the end all.
+        registered = re.search(f"'registered_name': '([^']*>{re.escape(known_as)})'", line)
+        name = (registered or unknown)[1]
+        functions = (
+            " A function between layers needs a .keras file." if contents.container.legacy else ""
+        )
+        return (
+            f"path: received '{contents.path}', which names {name!r}, expected classes and "
+            f"functions that Keras knows here. Pass custom_objects={{{name!r}: {known_as}}}, or "
+            f"import the module that registers it; {without}{functions}"
+        )
+    reason = f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"
+    damaged = "" if contents.digest else "is damaged, "
+    return (
+        f"path: received '{contents.path}', of which no model can be made ({reason}), expected a "
+        f"model that Keras saved and can rebuild here. The file {damaged}was written by another "
+        f"version, or is of classes that have changed since; {without}"
+    )

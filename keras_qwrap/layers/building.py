@@ -11,7 +11,7 @@ from keras_qwrap.layers.keras_internals import build_layer, sublayers
 from keras_qwrap.layers.packed import Packed
 from keras_qwrap.layers.remaking import made_again
 from keras_qwrap.layers.weights import copy_flags, copy_variables, find_weights
-from keras_qwrap.numerics.checks import bad_type, bad_value
+from keras_qwrap.numerics.checks import Told, bad_type, bad_value
 
 
 def with_training(signature: inspect.Signature) -> inspect.Signature:
@@ -50,15 +50,15 @@ class Construction:
             for inner in sublayers(layer)
             for _, variable in getattr(getattr(inner, "_construction", None), "quantized", [])
         }
-        self.quantized = find_weights(layer, paths)
-        for path, variable in self.quantized:
+        # A wrapper's own names for its weights are not those of a wrapper around it.
+        own = dict(getattr(getattr(layer, "_construction", None), "quantized", []))
+        named = [(path, own[path]) for path in paths if path in own]
+        self.quantized = [] if named else find_weights(layer, paths)
+        for path, variable in named or self.quantized:
             if id(variable) in taken:
-                raise bad_value(
-                    "weights_quantizers",
-                    f"'{path}', which wrapper '{taken[id(variable)]}' inside quantizes already",
-                    "a weight without quantizer",
-                    "Drop one of the two quantizers.",
-                )
+                what = f"'{path}', which wrapper '{taken[id(variable)]}' inside quantizes already"
+                fix = "Drop one of the two quantizers."
+                raise bad_value("weights_quantizers", Told(what), "a weight without quantizer", fix)
 
     def see_call(self, args: tuple, kwargs: dict) -> None:
         """Take the arguments of the first call as the example."""

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_qwrap.layers.owner import Quantizer, inferable_twin
-from keras_qwrap.numerics.checks import bad_value, naming, warn
+from keras_qwrap.numerics.checks import Told, bad_value, naming, warn
 from keras_qwrap.numerics.tensors import Tensor, to_numpy
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
 
@@ -62,9 +62,9 @@ def converted_weight(
     latent = to_numpy(variable)
     if not np.isfinite(latent.astype(np.float32)).all():
         fix = "Train it again from finite weights, with a lower learning rate."
-        raise bad_value(where, "values that are not finite", "finite numbers", fix)
+        raise bad_value(where, Told("values that are not finite"), "finite numbers", fix)
     if not np.isfinite(to_numpy(ops.cast(computed, "float32"))).all():
-        received = f"values up to {np.abs(latent).max():.3g}"
+        received = Told(f"values up to {np.abs(latent).max():.3g}")
         fix = "Its grid ends beyond them: scale the weight down."
         raise bad_value(where, received, "values whose grid float32 can hold", fix)
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from keras_qwrap.layers.keras_internals import sublayers
-from keras_qwrap.numerics.checks import bad_type, bad_value
+from keras_qwrap.numerics.checks import Told, bad_type, bad_value
 from keras_qwrap.numerics.packing import compact, expand
 from keras_qwrap.numerics.tensors import Tensor, read
 from keras_qwrap.quantizers.base import (
@@ -329,7 +329,7 @@ def refuse_inner_wrappers(layer: keras.Layer) -> None:
     if inside:
         raise bad_value(
             "model",
-            f"layer '{layer.name}', a {type(layer).__name__} with {inside} inside",
+            Told(f"layer '{layer.name}' of class {type(layer).__name__} with {inside} inside"),
             "wrappers and holders that are layers of a Functional or Sequential model",
             "Wrap the outer layer, and name the inner weights by path ('layer/kernel').",
         )

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_qwrap.layers.keras_internals import put_in_place_of, sublayers, zeros_in_order_of
 from keras_qwrap.layers.weights import own_weights
-from keras_qwrap.numerics.checks import bad_type, bad_value
+from keras_qwrap.numerics.checks import Told, bad_type, bad_value
 from keras_qwrap.numerics.packing import frame, framed_size, is_framed, unframe
 from keras_qwrap.numerics.tensors import Tensor, read, to_numpy
 from keras_qwrap.quantizers.base import BaseKerasInferableQuantizer
@@ -127,7 +127,7 @@ class PackedWeight:
             raise bad_value(self.variable.path, packed.shape, expected, fix)
         codes, found_bits, path = unframe(packed)
         if (found_bits, path, codes.shape) != (bits, self._weight_path, shape):
-            found = f"{found_bits} bits for '{path}' of shape {codes.shape}"
+            found = Told(f"{found_bits} bits for '{path}' of shape {codes.shape}")
             expected = f"{bits} bits for '{self._weight_path}' of shape {shape}"
             raise bad_value(self.variable.path, found, expected, fix)
         return self._dequantized(codes)

@@ -6,13 +6,13 @@ import keras
 
 from keras_qwrap.layers.keras_internals import is_of_user, is_rematerialized, sublayers
 from keras_qwrap.layers.weights import walk
-from keras_qwrap.numerics.checks import bad_value
+from keras_qwrap.numerics.checks import Told, bad_value
 
 
 def check_supported(layer: keras.Layer) -> None:
     """Refuse layers whose weights cannot be replaced, or would be replaced silently in part."""
     for inner in sublayers(layer):
-        where = f"layer '{inner.name}'"
+        where = Told(f"layer '{inner.name}'")
         if _has_traced_function(inner):
             raise bad_value(
                 "layer",
@@ -31,7 +31,7 @@ def check_supported(layer: keras.Layer) -> None:
         if getattr(inner, "output_mode", None) == "tf_idf":
             raise bad_value(
                 "layer",
-                f"{where} with output mode tf_idf",
+                Told(f"{where} with output mode tf_idf"),
                 "a lookup of another mode",
                 "Keras cannot run a copy of it before it has its vocabulary.",
             )
@@ -59,7 +59,7 @@ def _has_traced_function(layer: keras.Layer) -> bool:
 def refuse_replaced_weights(layer: keras.Layer) -> None:
     """Refuse layers whose weights Keras' LoRA or quantization stands in for."""
     for inner in sublayers(layer):
-        where = f"layer '{inner.name}'"
+        where = Told(f"layer '{inner.name}'")
         if getattr(inner, "lora_enabled", False):
             raise bad_value(
                 "layer",
@@ -70,7 +70,7 @@ def refuse_replaced_weights(layer: keras.Layer) -> None:
         if getattr(inner, "quantization_mode", None) is not None:
             raise bad_value(
                 "layer",
-                f"{where} with quantization mode {inner.quantization_mode}",
+                Told(f"{where} with quantization mode {inner.quantization_mode}"),
                 "a float layer",
                 "Do not call Keras' own `quantize` on a layer that is wrapped.",
             )
@@ -87,7 +87,7 @@ def refuse_raw_variables(layer: keras.Layer) -> None:
             if _is_raw_variable(part):
                 raise bad_value(
                     "layer",
-                    f"layer '{inner.name}' with a {type(part).__name__} at '{path}'",
+                    Told(f"layer '{inner.name}' with a {type(part).__name__} at '{path}'"),
                     "a layer whose variables are Keras variables",
                     "Create it with `self.add_weight`; Keras neither saves nor copies others.",
                 )

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_qwrap.layers.keras_internals import is_of_user, sublayers
-from keras_qwrap.numerics.checks import bad_value, innermost
+from keras_qwrap.numerics.checks import Told, bad_value, innermost
 
 _OF_EVERY_LAYER = ("name", "trainable", "dtype")
 """What is in the config of every layer, and what a constructor need not take."""
@@ -50,7 +50,7 @@ def _refuse_shared(given: keras.Layer, made: keras.Layer) -> None:
     if shared:
         raise bad_value(
             "model",
-            f"'{given.name}', whose `get_config` hands out its own layers {shared}",
+            Told(f"'{given.name}', whose `get_config` hands out its own layers {shared}"),
             "a config of plain values",
             "Return `keras.saving.serialize_keras_object(layer)`, and define a `from_config` that "
             "deserializes it.",
@@ -214,7 +214,7 @@ def _check_policy(layer: keras.Layer, given: str) -> None:
     if layer.dtype_policy.name != given:
         raise bad_value(
             "model",
-            f"layer '{layer.name}' with dtype policy {given}",
+            Told(f"layer '{layer.name}' with dtype policy {given}"),
             f"{layer.dtype_policy.name}, which a copy made from the model's config has",
             "Set the same global dtype policy again, or let `get_config` return the dtype.",
         )
@@ -249,12 +249,14 @@ def _can_be_made_of_nothing(operation: Any) -> bool:
 def _cannot(operation: Any, error: Exception) -> ValueError:
     """The error for what cannot be made again: what went wrong first, and what to do."""
     cause = innermost(error)
-    lines = [] if isinstance(cause, NotImplementedError) else str(cause).strip().splitlines()
+    # Of a Lambda, Keras speaks of loading a file, which nobody does.
+    silent = isinstance(cause, NotImplementedError) or isinstance(operation, keras.layers.Lambda)
+    lines = [] if silent else str(cause).strip().splitlines()
     reason = f" ({lines[0].strip()})" if lines else ""
     return ValueError(
-        f"model: received '{operation.name}', a {type(operation).__name__} that cannot be made "
-        f"again from its config{reason}, expected a config from which its class makes the same. "
-        f"{advice(operation)}"
+        f"model: received '{operation.name}' of class {type(operation).__name__}, which cannot be "
+        f"made again from its config{reason}, expected a config from which its class makes the "
+        f"same. {advice(operation)}"
     )
 
 
@@ -262,7 +264,12 @@ def advice(operation: Any) -> str:
     """The one thing that a class lacks, or what to do without it."""
     cls, name = type(operation), type(operation).__name__
     if isinstance(operation, keras.layers.Lambda):
-        return "Replace the Lambda by a layer class."
+        if operation.function.__name__ != "<lambda>":
+            return "Register its function by `keras.saving.register_keras_serializable`."
+        return (
+            "Replace the Lambda by a layer class; or call "
+            "`keras.config.enable_unsafe_deserialization()` first, which lets Keras copy code."
+        )
     if not is_of_user(cls):
         return "Mend the `get_config` of the layers inside."
     arguments = _arguments(cls)
@@ -355,7 +362,7 @@ def _refuse_differences(source: keras.Layer, old: keras.Layer, given: dict, made
 def _not_alike(source: keras.Layer, given: str, made: Any) -> ValueError:
     return bad_value(
         "model",
-        f"'{source.name}', a {type(source).__name__} with {given}",
+        Told(f"'{source.name}' of class {type(source).__name__} with {given}"),
         f"{_short(made)}, which a copy made again has",
         advice(source),
     )

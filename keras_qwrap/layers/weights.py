@@ -16,7 +16,7 @@ from keras_qwrap.layers.keras_internals import (
 )
 from keras_qwrap.layers.layer_table import Axes, Row, aliases_of, find_row
 from keras_qwrap.layers.remaking import check_layers_alike, check_values_alike
-from keras_qwrap.numerics.checks import bad_type, bad_value
+from keras_qwrap.numerics.checks import Told, bad_type, bad_value
 from keras_qwrap.numerics.tensors import to_numpy, variable_of
 
 
@@ -195,7 +195,7 @@ def default_weights(layer: keras.Layer) -> dict[str, Axes]:
     if not layer.built:
         raise bad_value(
             "layer",
-            f"layer '{layer.name}', which is not built",
+            Told(f"layer '{layer.name}', which is not built"),
             "a built layer",
             "Call it or build it first.",
         )

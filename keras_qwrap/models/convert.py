@@ -12,6 +12,7 @@ from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.models.copying import Copier, check_graph
 from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.subclassed import QuantizedModel
+from keras_qwrap.numerics.checks import warn
 
 
 def convert_to_inferable(model: keras.Model) -> keras.Model:
@@ -28,6 +29,9 @@ def convert_to_inferable(model: keras.Model) -> keras.Model:
     Raises:
         TypeError: the model is of another kind.
         ValueError: the model is not built, or a wrapper sits inside a layer that is no model.
+
+    Warns:
+        UserWarning: nothing in the model is quantized.
 
     Example:
 
@@ -48,6 +52,7 @@ def convert_to_inferable(model: keras.Model) -> keras.Model:
     if isinstance(model, QuantizedModel):
         return model.convert_to_inferable_quantizers()
     check_graph(model)
+    _warn_of_floats("convert_to_inferable", model)
     return _Converter().copy_model(model)
 
 
@@ -58,6 +63,14 @@ def _check_calibrated(model: Any) -> None:
         raise ValueError(
             f"convert_to_inferable: received model '{model.name}' with activations that have no "
             f"range, of {sorted(names)}, expected a calibrated or trained model. Call `calibrate`."
+        )
+
+
+def _warn_of_floats(what: str, model: keras.Model) -> None:
+    if not quantizers_in(model):
+        warn(
+            f"{what}: received model '{model.name}', in which nothing is quantized: the new model "
+            "is a copy of it. Quantize it first, with `quantize_model`."
         )
 
 
@@ -95,6 +108,9 @@ def unwrap_model(model: keras.Model) -> keras.Model:
         ValueError: the model is not built, a wrapper sits inside a layer that is no model, or a
             converted layer's weight is no longer on its grid.
 
+    Warns:
+        UserWarning: nothing in the model is quantized.
+
     Example:
 
     ```python
@@ -115,6 +131,7 @@ def unwrap_model(model: keras.Model) -> keras.Model:
     if isinstance(model, QuantizedModel):
         return model.unwrap()
     check_graph(model)
+    _warn_of_floats("unwrap_model", model)
     return _Unwrapper().copy_model(model)
 
 

@@ -18,7 +18,7 @@ from keras_qwrap.layers.remaking import made_again
 from keras_qwrap.layers.weights import copy_flags, copy_variables
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.models.graph import is_graph
-from keras_qwrap.numerics.checks import bad_type, bad_value, no_model, warn
+from keras_qwrap.numerics.checks import Told, bad_type, bad_value, no_model, warn
 
 
 def unwrapped(operation: Any) -> Any:
@@ -33,11 +33,13 @@ def check_built(model: Any) -> None:
     if not isinstance(model, keras.Model):
         raise no_model(model)
     if not model.built:
-        raise bad_value("model", model.name, "a built model", "Call it, or pass an Input first.")
+        sequential = isinstance(model, keras.Sequential)
+        fix = "Call it, or pass an Input first." if sequential else "Call it once: `model(x)`."
+        raise bad_value("model", model.name, "a built model", fix)
     if isinstance(model, keras.Sequential) and not has_symbolic_inputs(model):
         raise bad_value(
             "model",
-            f"'{model.name}', a Sequential model of which Keras could not make a graph",
+            Told(f"'{model.name}', a Sequential model of which Keras could not make a graph"),
             "layers that can say the shapes of their outputs",
             "Define `compute_output_shape` in layers of your own inside others (TimeDistributed).",
         )
@@ -57,7 +59,7 @@ def check_float(model: keras.Model) -> None:
     if inside:
         raise bad_value(
             "model",
-            f"'{model.name}' with quantized layers {inside[:8]}",
+            Told(f"'{model.name}' with quantized layers {inside[:8]}"),
             "a float model",
             "Quantize the float model, or unwrap this one by `unwrap_model` first.",
         )

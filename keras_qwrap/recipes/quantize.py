@@ -20,7 +20,7 @@ from keras_qwrap.models.batch_norm import fold_batch_norm
 from keras_qwrap.models.copying import Copier, carry_compiled, check_built, check_float, is_graph
 from keras_qwrap.models.subclassed import QuantizedModel
 from keras_qwrap.models.taps import Example
-from keras_qwrap.numerics.checks import bad_value, naming, warn
+from keras_qwrap.numerics.checks import Told, bad_value, naming, warn
 from keras_qwrap.numerics.search import weights_threshold
 from keras_qwrap.numerics.tensors import to_numpy
 from keras_qwrap.quantizers.base import BaseKerasTrainableQuantizer
@@ -66,7 +66,7 @@ def quantize_model(
     read, if calibration finds whole numbers alone in them. With `bias_correction` the recipe also
     shifts biases, by the same data.
 
-    A layer of a graph that cannot be wrapped is left in float, with a warning. A subclassed model
+    A layer of a graph that cannot be wrapped is left as it is, with a warning. A subclassed model
     becomes a `QuantizedModel`. `quantization_report(quantized, recipe)` says what was left in
     float, and why.
 
@@ -167,7 +167,7 @@ def _weight_quantizer(
     axes = planned.axes
     weight = to_numpy(planned.variable).astype(np.float32)
     if not np.isfinite(weight).all():
-        received = f"layer '{layer.name}' whose weight '{planned.path}' is not finite"
+        received = Told(f"layer '{layer.name}' whose weight '{planned.path}' is not finite")
         raise bad_value("model", received, "finite weights", "Train it again, or leave it out.")
     number = len(axes) if isinstance(axes, tuple) else 1
     kept = axes if spec.per_channel and number < weight.ndim else None
@@ -217,7 +217,7 @@ class _GraphQuantizer(Copier):
             return copy
         refusal = self._plan.refusal(layer)
         if refusal:
-            warn(f"Layer '{layer.name}' is left in float. {refusal}")
+            warn(f"Layer '{layer.name}' is left as it is. {refusal}")
             return copy
         return KerasQuantizationWrapper(copy, weights, activations)
 

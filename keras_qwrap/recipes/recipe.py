@@ -61,11 +61,13 @@ def _preset_specs(preset: Any) -> tuple[WeightsSpec, ActivationSpec | Literal["f
         raise bad_type("preset", preset, "a string", "Pass for example 'w8a8'.")
     found = _PRESET.fullmatch(preset)
     if found is None or (found["method"] or "") not in _METHODS:
-        methods = " or ".join(filter(None, _METHODS))
-        known = [f"{bits}{tail}" for bits in _COMMON for tail in _TAILS]
+        bits = re.match("w[1-9][0-9]*(a[1-9][0-9]*)?", preset.lower())
+        known = [f"{start}{tail}" for start in ([bits[0]] if bits else _COMMON) for tail in _TAILS]
         plain = re.sub("[^a-z0-9]", "", preset.lower())
         known += [plain] if _PRESET.fullmatch(plain) else []
-        expected = f"w<bits>[a<bits>][-<method>] with method {methods}"
+        ends = " or ".join(filter(None, _TAILS))
+        expected = f"w<bits> for weights, then a<bits> for activations or nothing, then {ends} or "
+        expected += "nothing, such as 'w8a8'"
         raise bad_value("preset", preset, expected, f"Nearest: {nearest(preset.lower(), known)}.")
     weights, activations = _METHODS[found["method"] or ""]
     try:
@@ -116,7 +118,12 @@ class Recipe(Declared):
 
     def __post_init__(self) -> None:
         for name, cls in SPECS.items():
-            check_spec(name, getattr(self, name), cls)
+            spec = getattr(self, name)
+            if isinstance(spec, str) and _PRESET.fullmatch(spec):
+                expected = f"'float' or of type {cls.__name__}"
+                fix = f"A preset makes a recipe by Recipe.from_preset({spec!r})."
+                raise bad_type(name, spec, expected, fix)
+            check_spec(name, spec, cls)
         rules = self.rules
         if not isinstance(rules, (list, tuple)) or any(not isinstance(r, Rule) for r in rules):
             raise bad_type(

@@ -288,14 +288,16 @@ def test_whole_data_without_rows_has_no_number_of_batches():
     symbolic = keras.Input((3,))
     for data in (symbolic, (symbolic, Y), {"inputs": symbolic}, [symbolic]):
         refused(TypeError, lambda data=data: number_of_batches(one_input(), data), "KerasTensor")
-    refused(ValueError, lambda: number_of_batches(one_input(), (5, 6)), "shapes [()]", "rows")
+    refused(
+        ValueError, lambda: number_of_batches(one_input(), np.float32(5)), "shapes [()]", "rows"
+    )
 
 
 def test_nan_and_infinity_are_counted_and_located():
     x = X.copy()
     x[5, 0], x[6, :2] = np.nan, (np.inf, -np.inf)
     message = refused(ValueError, lambda: list(batches(one_input(), x, 4)), "NaN")
-    assert message.startswith("batch 1: received '3 of 12 values")
+    assert message.startswith("batch 1: received 3 of 12 values")
 
 
 def test_rows_of_one_batch_differ():

@@ -104,7 +104,7 @@ def test_custom_objects_are_used_and_missed(ending, tmp_path):
     objects = {"FilesUnregisteredDense": FilesUnregisteredDense}
     loaded = qi.keras_load_quantized_model(path, custom_objects=objects, compile=False)
     assert type(loaded.layers[0].layer) is FilesUnregisteredDense
-    message = refused(path, ValueError, "Could not locate class 'FilesUnregisteredDense'")
+    message = refused(path, ValueError, "which names 'FilesUnregisteredDense'")
     assert "custom_objects" in message
 
 

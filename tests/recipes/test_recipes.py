@@ -107,7 +107,7 @@ def test_a_preset_takes_further_arguments():
 
 
 BAD_PRESETS = [
-    ("w8a8-pod", ["'w8a8-pod'", "w<bits>[a<bits>][-<method>]", "pot", "'w8a8-pot'"]),
+    ("w8a8-pod", ["'w8a8-pod'", "w<bits>", "-pot or nothing", "'w8a8-pot'"]),
     ("w8b8", ["'w8b8'", "'w8a8'"]),
     ("W8A8", ["'W8A8'", "w<bits>"]),
     ("w08", ["'w08'", "'w8'"]),
