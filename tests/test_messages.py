@@ -59,11 +59,11 @@ def twice(x):
 def test_a_class_that_is_not_passed_is_named_first(ending, tmp_path):
     path = str(tmp_path / f"m.{ending}")
     qi.save_quantized_model(sequential(Block()), path)
-    functions = " A function between layers needs a .keras file." if ending == "h5" else ""
+    rest = " Functions between layers, and models without a graph, need a .keras file."
     assert message(ValueError, lambda: qi.keras_load_quantized_model(path)) == (
         f"path: received '{path}', which names 'Block', expected classes and functions that Keras "
         "knows here. Pass custom_objects={'Block': Block}, or import the module that registers it; "
-        f"compile=False leaves out loss, metrics and optimizer.{functions}"
+        f"compile=False leaves out loss, metrics and optimizer.{rest if ending == 'h5' else ''}"
     )
     assert qi.keras_load_quantized_model(path, {"Block": Block}).layers[0].built
 
@@ -238,7 +238,7 @@ def test_layers_that_keras_has_quantized_are_left_as_they_are():
     )
     with pytest.warns(UserWarning, match="left as it is") as caught:
         qi.quantize_model(model, "w8a8")
-    assert [str(each.message) for each in caught] == [expected]
+    assert [str(each.message) for each in caught if each.category is UserWarning] == [expected]
 
 
 @pytest.mark.parametrize("action", [qi.convert_to_inferable, qi.unwrap_model])
@@ -246,7 +246,7 @@ def test_a_model_in_which_nothing_is_quantized(action):
     model = dense()
     with pytest.warns(UserWarning, match="nothing is quantized") as caught:
         new = action(model)
-    assert [str(each.message) for each in caught] == [
+    assert [str(each.message) for each in caught if each.category is UserWarning] == [
         f"{action.__name__}: received model 'net', in which nothing is quantized: the new model is "
         "a copy of it. Quantize it first, with `quantize_model`."
     ]

@@ -255,7 +255,7 @@ def test_h5_gives_the_same_outputs(name, models, tmp_path):
 def test_h5_does_not_hold_a_subclassed_model(models, tmp_path):
     """Plain Keras cannot rebuild one either; the refusal must say so at least."""
     copy.deepcopy(models["subclassed"]).save(tmp_path / "model.h5")
-    with pytest.raises(ValueError, match=r"expected a model.*'Subclassed'"):
+    with pytest.raises(ValueError, match=r"names 'Subclassed'.*models without a graph"):
         qi.keras_load_quantized_model(tmp_path / "model.h5", compile=False)
 
 
@@ -487,5 +487,5 @@ def test_a_quantizer_known_by_custom_objects_only(ending, tmp_path):
 def test_an_unknown_quantizer_is_named(ending, tmp_path):
     path = tmp_path / f"model.{ending}"
     model_with(Scaled).save(path)
-    with pytest.raises(ValueError, match=r"custom_objects.*Could not locate class 'Scaled'"):
+    with pytest.raises(ValueError, match=r"names 'Scaled'.*custom_objects"):
         qi.keras_load_quantized_model(path, compile=False)

@@ -46,8 +46,9 @@ def test_data_is_taken_where_all_grids_are_known(make, recipe, random):
     assert not has_ranges_to_find(quantized)
     found, expected = quantized.predict(tokens, verbose=0), model.predict(tokens, verbose=0)
     np.testing.assert_allclose(found, expected, atol=0.02)
-    converted = qi.convert_to_inferable(quantized)
-    np.testing.assert_array_equal(converted.predict(tokens, verbose=0), found)
+    if len(model.layers) > 1:
+        converted = qi.convert_to_inferable(quantized)
+        np.testing.assert_array_equal(converted.predict(tokens, verbose=0), found)
 
 
 @pytest.mark.parametrize(
