@@ -321,13 +321,12 @@ def _why_not_loaded(contents: Contents, error: BaseException) -> str:
         # Of a registered class the first words give the name alone, the config at the end all.
         registered = re.search(f"'registered_name': '([^']*>{re.escape(known_as)})'", line)
         name = (registered or unknown)[1]
-        functions = (
-            " A function between layers needs a .keras file." if contents.container.legacy else ""
-        )
+        rest = " Functions between layers, and models without a graph, need a .keras file."
         return (
             f"path: received '{contents.path}', which names {name!r}, expected classes and "
             f"functions that Keras knows here. Pass custom_objects={{{name!r}: {known_as}}}, or "
-            f"import the module that registers it; {without}{functions}"
+            f"import the module that registers it; {without}"
+            f"{rest if contents.container.legacy else ''}"
         )
     reason = f"{type(error).__name__}: {line if len(line) <= 400 else f'{line[:397]}...'}"
     damaged = "" if contents.digest else "is damaged, "
