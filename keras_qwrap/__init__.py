@@ -3,7 +3,6 @@
 Importing this package is enough to load any file saved with it.
 """
 
-from keras_qwrap import _command_line as _command_line
 from keras_qwrap._version import __version__
 from keras_qwrap.calibration.calibrate import calibrate
 from keras_qwrap.calibration.schedules import DelayQuantization, FreezeRanges

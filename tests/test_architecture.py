@@ -28,10 +28,6 @@ ABOVE = ["testing", "", "demo", "cli", "__main__"]
 """Modules above all floors, `""` the package itself; each may import only those before it."""
 
 
-BENEATH = ["_version", "_command_line"]
-"""Modules beneath all floors, which import nothing but each other, in this order."""
-
-
 def module_name(path: Path) -> str:
     parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -64,9 +60,9 @@ def imported_modules(tree: ast.Module) -> set[str]:
 
 
 def height(name: str) -> int:
-    """Of the floor that a module is on; some are beneath all."""
-    if name in BENEATH:
-        return BENEATH.index(name) - len(BENEATH)
+    """Of the floor that a module is on; `_version` is beneath all."""
+    if name == "_version":
+        return -1
     floor = name.split(".")[0]
     return FLOORS.index(floor) if floor in FLOORS else len(FLOORS) + ABOVE.index(name)
 

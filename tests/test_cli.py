@@ -102,26 +102,3 @@ def test_module_runs_as_a_command():
     command = [sys.executable, "-m", "keras_qwrap", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"keras_qwrap {__version__}\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        (["--help"], 0, "positional arguments"),
-        (["--version"], 0, f"keras_qwrap {__version__}"),
-        (["inspect", "--help"], 0, "FILE"),
-        ([], 2, "arguments are required: command"),
-        (["demo", "--bits", "99"], 2, "received '99'"),
-    ],
-)
-def test_what_needs_no_package_imports_none(arguments, status, says):
-    """TensorFlow takes seconds, and prints lines of its own."""
-    command = [sys.executable, "-X", "importtime", "-m", "keras_qwrap", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert done.returncode == status
-    assert says in done.stdout + "\n".join(lines)
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert not imported & {"tensorflow", "keras", "numpy"}
-    usage = lines[0] if lines else "usage:"
-    assert usage.startswith("usage:")
