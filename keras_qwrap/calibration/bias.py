@@ -52,7 +52,7 @@ def correct_biases(
     Args:
         model: what `quantize_model` made of `float_model`, not trained since.
         float_model: a built Functional or Sequential model.
-        data: inputs, as `streams.batches` takes them.
+        data: inputs, as `batches.batches` takes them.
         batch_size: rows of each batch, for whole arrays.
         steps: the most batches to take; needed for data without end.
 

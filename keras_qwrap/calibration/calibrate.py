@@ -56,7 +56,7 @@ def calibrate(
     activation its ends are seen, the smallest and the largest values of each batch (8 for each
     row and one in 8192, on either side), and, drawn with a fixed seed, up to 256 of the others for
     each row, which stand for all of these. Up to 65536 values are kept, with what they stand for:
-    memory does not grow with the data. `range_search.find_range` says what each method does with
+    memory does not grow with the data. `search.find_range` says what each method does with
     them; `moving_average` alone depends on how the data is cut: it moves the ends from batch to
     batch as training does.
 
@@ -69,7 +69,7 @@ def calibrate(
 
     Args:
         model: a built model that holds wrappers or holders with such quantizers.
-        data: the model's inputs; every kind that `streams.batches` takes.
+        data: the model's inputs; every kind that `batches.batches` takes.
         method: None for each quantizer's own `range_method`, which a recipe gave it; or for all
             `"mse"`, `"minmax"`, `"moving_average"`, `"percentile"` or `"entropy"`; or a mapping
             from a wrapper's or holder's name to one of them, for all of that name.
@@ -84,7 +84,7 @@ def calibrate(
 
     Raises:
         TypeError, ValueError: the model is not built or holds no such quantizer, an unknown
-            method or layer name, data that `streams.batches` refuses, or an activation with NaN
+            method or layer name, data that `batches.batches` refuses, or an activation with NaN
             or infinite values. No range is set then.
 
     Example:

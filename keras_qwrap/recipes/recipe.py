@@ -93,7 +93,7 @@ class Recipe(Declared):
         fold_batch_norm: fold batch normalization into the layer before it, in float, before
             anything is quantized.
         bias_correction: shift biases by what quantized weights do to the mean of each layer's
-            output; `quantize_model` then needs calibration data. `correction.correct_biases` has
+            output; `quantize_model` then needs calibration data. `bias.correct_biases` has
             the formula.
 
     Raises:
