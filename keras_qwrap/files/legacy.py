@@ -102,7 +102,10 @@ def _is_function(node: dict) -> bool:
 
 
 def _refuse_mistaken_strings(model: keras.Model, node: dict) -> None:
-    """Refuse arguments that Keras takes for its functions of the same name when it loads them."""
+    """Refuse arguments that Keras takes for its functions of the same name when it loads them.
+
+    Keras 3.13 does not, but then the file would depend on who loads it.
+    """
     if node["module"] != "keras.layers":
         return
     for key, value in node["config"].items():

@@ -188,6 +188,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("ending", [".h5", ".hdf5"])
 def test_what_no_loader_reads_is_refused(case, ending, tmp_path):
+    if case == "names of functions" and keras.__version__.startswith("3.13"):
+        pytest.skip("this Keras loads it")
     make, *fragments = REFUSED[case]
     model, path = make(), str(tmp_path / f"model{ending}")
     refused(ValueError, lambda: qi.save_quantized_model(model, path), *fragments)
