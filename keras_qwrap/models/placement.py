@@ -110,7 +110,7 @@ def _traced(node: GraphNode, known: dict[int, keras.KerasTensor]) -> list[Any]:
     )
     try:
         return keras.tree.flatten(output_specs(node.operation, args, kwargs))
-    except Exception:
+    except Exception:  # A `call` of the user's may raise anything; the declared outputs hold then.
         return []
 
 
@@ -228,7 +228,7 @@ def _needs_exactly(node: GraphNode, tensor: keras.KerasTensor, unknown: bool = F
         return False
     try:
         begin, nodes = traced_nodes(operation, node.arguments)
-    except Exception:
+    except Exception:  # A `call` of the user's may raise anything where it is traced alone.
         return unknown
     pairs = zip(keras.tree.flatten(node.arguments), keras.tree.flatten(begin), strict=True)
     reached = {id(new) for old, new in pairs if old is tensor}

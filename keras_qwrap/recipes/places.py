@@ -10,7 +10,8 @@ import keras
 from keras_qwrap.layers.holder import KerasActivationQuantizationHolder
 from keras_qwrap.layers.keras_internals import GraphNode, graph_nodes, input_layer
 from keras_qwrap.layers.weights import follow
-from keras_qwrap.models.copying import is_graph, unwrapped
+from keras_qwrap.models.copying import unwrapped
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.subclassed import QuantizedModel, output_holder_name
 from keras_qwrap.models.taps import Example, layer_outputs, quantizable_layers
 from keras_qwrap.recipes.rules import Place

@@ -24,7 +24,8 @@ from keras_qwrap.layers.weights import (
     weight_reason,
 )
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
-from keras_qwrap.models.copying import is_graph, unwrapped
+from keras_qwrap.models.copying import unwrapped
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.placement import (
     as_computed,
     can_be_quantized,

@@ -17,7 +17,8 @@ from keras_qwrap.layers.layer_table import OutputRange
 from keras_qwrap.layers.remaking import loads_by_itself
 from keras_qwrap.layers.wrapper import KerasQuantizationWrapper
 from keras_qwrap.models.batch_norm import fold_batch_norm
-from keras_qwrap.models.copying import Copier, carry_compiled, check_built, check_float, is_graph
+from keras_qwrap.models.copying import Copier, carry_compiled, check_built, check_float
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.subclassed import QuantizedModel
 from keras_qwrap.models.taps import Example
 from keras_qwrap.numerics.checks import Told, bad_value, naming, warn

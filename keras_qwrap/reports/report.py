@@ -9,7 +9,8 @@ from typing import Any
 import keras
 
 from keras_qwrap.layers.owner import quantizers_in
-from keras_qwrap.models.copying import check_built, is_graph
+from keras_qwrap.models.copying import check_built
+from keras_qwrap.models.graph import is_graph
 from keras_qwrap.models.subclassed import QuantizedModel
 from keras_qwrap.numerics.checks import bad_value, brief
 from keras_qwrap.recipes.plan import plan
